@@ -1,0 +1,91 @@
+"""Time contenders in turn in one run and print them as ratios. Shared by the bench_*.py scripts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Row:
+    """One contender: its name, what one call does, and how many bytes of input that reads."""
+
+    name: str
+    call: Callable[[], Any]
+    nbytes: int
+
+
+def machine() -> dict[str, Any]:
+    """Name the machine: figures mean nothing without it."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def alternate(rows: list[Row], rounds: int = 5, prepare: Callable[[], None] | None = None) -> dict[str, list[float]]:
+    """Run every contender once a round, after one round that does not count.
+
+    Returns:
+        name -> seconds of each round.
+    """
+    seconds: dict[str, list[float]] = {row.name: [] for row in rows}
+    for turn in range(rounds + 1):
+        for row in rows:
+            if prepare:
+                prepare()
+            start = time.perf_counter()
+            row.call()
+            if turn:
+                seconds[row.name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    """Return the median."""
+    return statistics.median(values)
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Parse what all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default 5)")
+    parser.add_argument("--quick", action="store_true", help="small inputs, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    return parser.parse_args()
+
+
+def table(title: str, header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> None:
+    """Print rows in columns, as Markdown."""
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(header) + " |")
+    print("|" + "|".join("---" for _ in header) + "|")
+    for line in lines:
+        print("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in line) + " |")
+    sys.stdout.flush()
+
+
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write all figures with the machine's name."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")

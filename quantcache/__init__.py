@@ -1,0 +1,1 @@
+"""Quantize a model once, load it at the speed of the machine ever after."""

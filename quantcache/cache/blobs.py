@@ -1,0 +1,351 @@
+"""Own entry files on disk: stage, reserve, write, fsync, rename; open and check; quarantine; stale temp files.
+
+A staged file holds a lock on itself for as long as its writer lives, so that anybody can tell a dead writer's file.
+Knows the container's format, no index and no policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from quantcache.cache.container import (
+    ALIGNMENT,
+    MAX_HEADER,
+    EntryHeader,
+    Slot,
+    arrange,
+    build_header,
+    parse_header,
+    reserve_header,
+    slot_digest,
+)
+from quantcache.cache.filesystem import allocate, sync_folder
+from quantcache.cache.key import combine, digest
+from quantcache.errors import CacheError, CorruptEntryError, StoreReadOnlyError
+
+try:
+    import fcntl
+except ImportError:  # Windows: stale files are told by their age alone
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["StagedEntry", "StoredEntry", "quarantine", "remove_stale", "store_error"]
+
+_STALE_S = 24 * 3600.0
+
+
+def store_error(action: str, error: OSError) -> CacheError:
+    """Turn an operating-system error into the store's own, with the hint that helps."""
+    text = f"{action}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return CacheError(text, hint="make room (quantcache prune --max-size ...) or choose another --cache-dir")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StoreReadOnlyError(text, hint="choose a folder that you may write to: --cache-dir or QUANTCACHE_DIR")
+    return CacheError(text)
+
+
+class StagedEntry:
+    """Write one entry into a temp file, tile by tile, from several threads; then publish it whole.
+
+    Args:
+        folder: the store's `tmp/`.
+        slots: the tensors as planned.
+        records: as planned; see reserve_header.
+
+    Raises:
+        CacheError: the file cannot be created, or the space is not there.
+    """
+
+    def __init__(self, folder: Path, slots: Iterable[Slot], records: Any) -> None:
+        self.slots = {slot.key: slot for slot in slots}
+        self._lock = threading.Lock()
+        self._digests: dict[str, list[bytes | None]] = {key: [None] * slot.chunks for key, slot in self.slots.items()}
+        self._header_nbytes = reserve_header(self.slots.values(), records=records)
+        offsets, data_nbytes = arrange(self.slots.values())
+        self.offsets = {key: self._header_nbytes + offset for key, offset in offsets.items()}
+        self._end = self._header_nbytes + data_nbytes
+        self._rearrange = False
+        self._path = folder / f"{os.getpid()}-{secrets.token_hex(8)}.tmp"
+        self._maps: dict[str, memoryview] = {}
+        try:
+            self._descriptor = _create(self._path)
+        except OSError as error:
+            raise store_error(f"cannot create a file in {folder}", error) from error
+        try:
+            allocate(self._descriptor, self._end)
+        except OSError as error:
+            self.discard()
+            raise store_error(f"cannot reserve {self._end} bytes in {folder}", error) from error
+        except BaseException:
+            self.discard()
+            raise
+        self._main = mmap.mmap(self._descriptor, self._end, access=mmap.ACCESS_READ)
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file as planned."""
+        return self._end
+
+    def replace(self, old: Iterable[str], new: Iterable[Slot]) -> None:
+        """Plan a tensor anew, once its values turned out not to fit the plan; the file is rearranged when published."""
+        with self._lock:
+            for key in old:
+                del self.slots[key], self.offsets[key], self._digests[key]
+            for slot in new:
+                self.slots[slot.key] = slot
+                self._digests[slot.key] = [None] * slot.chunks
+                start = -(-self._end // ALIGNMENT) * ALIGNMENT
+                self.offsets[slot.key] = start
+                self._end = start + slot.nbytes
+            self._rearrange = True
+            try:
+                os.ftruncate(self._descriptor, self._end)
+            except OSError as error:
+                raise store_error("cannot extend the staged file", error) from error
+
+    def write(self, key: str, position: int, buffer: Any) -> None:
+        """Write one piece of a tensor and remember its digest.
+
+        Args:
+            key: which tensor.
+            position: first byte in the tensor, a multiple of the slot's chunk.
+            buffer: contiguous bytes, at most one chunk.
+
+        Raises:
+            CacheError: the disk refused.
+        """
+        view = memoryview(buffer).cast("B")
+        start = self.offsets[key] + position
+        try:
+            written = 0
+            while written < len(view):
+                written += os.pwrite(self._descriptor, view[written:], start + written)
+        except OSError as error:
+            raise store_error("cannot write the staged file", error) from error
+        if len(view):
+            self._digests[key][position // self.slots[key].chunk] = digest(view)
+
+    def view(self, key: str) -> memoryview:
+        """Return a finished tensor's bytes, mapped read-only; valid after publishing and discarding, too."""
+        slot, start = self.slots[key], self.offsets[key]
+        if start + slot.nbytes <= len(self._main):
+            return memoryview(self._main)[start : start + slot.nbytes]
+        with self._lock:
+            if key not in self._maps:
+                mapped = mmap.mmap(self._descriptor, slot.nbytes, access=mmap.ACCESS_READ, offset=start)
+                self._maps[key] = memoryview(mapped)
+            return self._maps[key]
+
+    def publish(self, target: Path, *, document: Any, records: Any, built: Mapping[str, Any]) -> int:
+        """Make the entry visible and durable: header, fsync, rename, fsync of the folder.
+
+        Args:
+            target: its path in `entries/`.
+            document, records, built: see the container.
+
+        Returns:
+            Length of the file.
+
+        Raises:
+            CacheError: a tensor is incomplete, or the disk refused; nothing is visible then.
+        """
+        missing = [key for key, pieces in self._digests.items() if None in pieces]
+        if missing:
+            raise CacheError(f"{len(missing)} tensors were not written completely, the first is {missing[0]!r}")
+        digests = {key: combine([p for p in pieces if p is not None]) for key, pieces in self._digests.items()}
+        details = {"document": document, "records": records, "built": built}
+        try:
+            header = None
+            if not self._rearrange:
+                with contextlib.suppress(ValueError):  # records grew beyond the slack
+                    header = build_header(self.slots.values(), digests, length=self._header_nbytes, **details)
+            if header is None:
+                header = self._rewrite(build_header(self.slots.values(), digests, **details))
+            os.pwrite(self._descriptor, header, 0)
+            os.fsync(self._descriptor)
+            nbytes = os.fstat(self._descriptor).st_size
+            if not target.parent.is_dir():
+                target.parent.mkdir(mode=0o700, exist_ok=True)
+                sync_folder(target.parent.parent)
+            os.rename(self._path, target)
+            sync_folder(target.parent)
+        except OSError as error:
+            raise store_error("cannot publish the entry", error) from error
+        self._close()
+        return nbytes
+
+    def _rewrite(self, header: bytes) -> bytes:
+        """Copy the tensors to where they belong, into a second file that takes this one's place."""
+        offsets, data_nbytes = arrange(self.slots.values())
+        path = self._path.with_name(f"{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        descriptor = _create(path)
+        try:
+            allocate(descriptor, len(header) + data_nbytes)
+            for key, slot in self.slots.items():
+                _copy(self._descriptor, self.offsets[key], descriptor, len(header) + offsets[key], slot.nbytes)
+        except BaseException:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        os.close(self._descriptor)
+        self._path.unlink(missing_ok=True)
+        self._descriptor, self._path = descriptor, path
+        return header
+
+    def discard(self) -> None:
+        """Remove the file; views stay valid."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _create(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+    if fcntl:
+        with contextlib.suppress(OSError):  # where locks do not work, age decides
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _copy(source: int, start: int, target: int, to: int, nbytes: int) -> None:
+    """Copy a range between files, in the kernel where it can."""
+    while nbytes > 0:
+        try:
+            done = os.copy_file_range(source, target, min(nbytes, 1 << 30), start, to)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            piece = os.pread(source, min(nbytes, 4 << 20), start)
+            done = os.pwrite(target, piece, to)
+        if done == 0:
+            raise OSError(errno.EIO, "the staged file became shorter")
+        start, to, nbytes = start + done, to + done, nbytes - done
+
+
+class StoredEntry:
+    """Map a published entry and check its header; its tensors are checked one by one.
+
+    Args:
+        key: the key.
+        path: the entry file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptEntryError: its header or length is wrong.
+        StoreTooNewError: a newer version wrote it.
+        CacheError: it cannot be read.
+    """
+
+    def __init__(self, key: str, path: Path) -> None:
+        self.key, self.path = key, path
+        try:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise CorruptEntryError(f"entry {key} is a symbolic link") from error
+            raise store_error(f"cannot open entry {key}", error) from error
+        try:
+            found = os.fstat(descriptor)
+            if hasattr(os, "getuid") and found.st_uid not in (os.getuid(), os.stat(path.parent).st_uid, 0):
+                raise CacheError(f"entry {key} belongs to user {found.st_uid}", hint="remove it, or use --shared")
+            head = os.pread(descriptor, 8, 0)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or length + 8 > found.st_size or length > MAX_HEADER:
+                raise CorruptEntryError(f"entry {key}: the file is cut or its length is wrong")
+            self.header: EntryHeader = parse_header(os.pread(descriptor, 8 + length, 0), found.st_size)
+            self._map = mmap.mmap(descriptor, found.st_size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise store_error(f"cannot read entry {key}", error) from error
+        finally:
+            os.close(descriptor)
+        self.memory = memoryview(self._map)
+
+    def view(self, key: str) -> memoryview:
+        """Return a tensor's bytes, unchecked."""
+        start = self.header.offsets[key]
+        return self.memory[start : start + self.header.slots[key].nbytes]
+
+    def intact(self, key: str) -> bool:
+        """Return whether a tensor's bytes have the digest that was recorded when they were made."""
+        return slot_digest(self.memory, self.header.slots[key], self.header.offsets[key]) == self.header.digests[key]
+
+
+def quarantine(path: Path, folder: Path) -> Path | None:
+    """Move a file out of the way, under a name that no loader looks for.
+
+    Returns:
+        Where it is now, or None if it could not be moved (then it is still where it was).
+    """
+    target = folder / f"{path.name}.{int(time.time())}-{secrets.token_hex(3)}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.rename(path, target)
+    except OSError:
+        return None
+    return target
+
+
+def remove_stale(folder: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
+    """Remove temp files whose writer is dead.
+
+    A writer holds a lock on its file. Where locks always succeed, the process number in the name is asked too, and
+    where that is taken by another process, a day without a write decides.
+
+    Returns:
+        (path, bytes) of each that was removed.
+    """
+    removed = []
+    for path in sorted(folder.glob("*.tmp")) if folder.is_dir() else []:
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            found = os.fstat(descriptor)
+            if not _abandoned(descriptor, path, found.st_mtime):
+                continue
+            if not dry_run:
+                path.unlink(missing_ok=True)
+            removed.append((path, found.st_size))
+        except OSError:
+            continue
+        finally:
+            os.close(descriptor)
+    return removed
+
+
+def _abandoned(descriptor: int, path: Path, mtime_s: float) -> bool:
+    if fcntl:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+    if time.time() - mtime_s > _STALE_S:
+        return True
+    owner = path.name.partition("-")[0]
+    if not owner.isdigit() or int(owner) == os.getpid():
+        return False
+    try:
+        os.kill(int(owner), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False

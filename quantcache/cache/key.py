@@ -1,0 +1,105 @@
+"""Own identity: digests of sources, the stat shortcut, and the key of a key document.
+
+A key never contains a path, a name or a time. Source of the racy rule: git's racy-git.txt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from quantcache.errors import UsageError
+
+__all__ = ["CHUNK", "CONTAINER_VERSION", "Stamp", "canonical", "combine", "digest", "fingerprint", "key_of"]
+
+#: Raised whenever entry files change in a way that an older quantcache cannot read.
+CONTAINER_VERSION = 1
+
+#: A source is digested in pieces of this size, so that all cores can work at it.
+CHUNK = 64 << 20
+
+#: A file that changed less than this before it was looked at may change again within the clock's grain.
+RACY_NS = 2_000_000_000
+
+_HEAD = 64 << 10
+_SAMPLE = 4 << 10
+_SAMPLES = 16
+
+
+def digest(buffer: Any) -> bytes:
+    """Return the XXH3-128 of a contiguous buffer: 16 bytes."""
+    found: bytes = xxhash.xxh3_128_digest(buffer)
+    return found
+
+
+def combine(digests: list[bytes], size: int | None = None) -> str:
+    """Return the digest of digests, in hex.
+
+    Args:
+        digests: of the pieces, in order.
+        size: of the whole, in bytes; appended as 8 bytes, little-endian, if given.
+    """
+    tail = b"" if size is None else size.to_bytes(8, "little")
+    return digest(b"".join(digests) + tail).hex()
+
+
+def fingerprint(memory: memoryview) -> str:
+    """Return a digest of a file's size, head and samples, in hex: different means different content.
+
+    Args:
+        memory: the whole file, mapped; 132 KiB of it are read.
+    """
+    size = len(memory)
+    state = xxhash.xxh3_128(size.to_bytes(8, "little"))
+    state.update(memory[:_HEAD])
+    for sample in range(_SAMPLES):
+        start = (size * sample) // _SAMPLES
+        state.update(memory[start : start + _SAMPLE])
+    state.update(memory[max(0, size - _SAMPLE) :])
+    found: str = state.hexdigest()
+    return found
+
+
+def canonical(document: Any) -> str:
+    """Return the one JSON text of a document: sorted keys, no spaces, ASCII, no NaN.
+
+    Raises:
+        UsageError: it holds something that JSON has no single form for.
+    """
+    try:
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a key document must be plain JSON: {error}") from error
+
+
+def key_of(document: Any) -> str:
+    """Return the key of a key document: the XXH3-128 of its canonical JSON, 32 hex digits."""
+    return digest(canonical(document).encode()).hex()
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Hold what stat() tells of a file's content.
+
+    Args:
+        device, inode, size, mtime_ns, ctime_ns: as stat() names them.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> Stamp:
+        """Take the stamp from a stat result."""
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+    def settled(self, at_ns: int) -> bool:
+        """Return whether the file had been left alone for long enough, seen at `at_ns` since the epoch."""
+        return max(self.mtime_ns, self.ctime_ns) + RACY_NS <= at_ns

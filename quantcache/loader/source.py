@@ -1,0 +1,233 @@
+"""Own what a checkpoint is to the rest: the Format contract and its registry, Source, and open_checkpoint.
+
+A format is one file under `formats/` with a subclass of Format decorated with `@register`. It finds the files of a
+checkpoint and parses a header; mapping, views and digests are done here, once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantcache.errors import SourceError, SourceNotFoundError
+from quantcache.loader.mapping import MappedFile
+from quantcache.tensor import TensorInfo, array_dtype
+
+__all__ = ["Format", "Header", "Source", "open_checkpoint", "register"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """Hold what a format's parser found.
+
+    Args:
+        tensors: in file order; offsets are from the start of the file and lie inside it.
+        metadata: what the file says about itself, as far as it is cheap to read.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Format(ABC):
+    """Describe one file format. Instances have no state."""
+
+    #: in reports and in `info`
+    id: ClassVar[str]
+    #: the file names that are tried when a folder is given
+    suffixes: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def recognizes(self, head: bytes) -> bool:
+        """Return whether a file that starts so (up to 64 bytes) may be of this format."""
+
+    @abstractmethod
+    def parse(self, file: MappedFile) -> Header:
+        """Read and check the header.
+
+        Raises:
+            SourceError: anything in it cannot be true; with the tensor's name and the offset.
+        """
+
+    def shards(self, path: Path) -> list[Path] | None:
+        """Return the files of the checkpoint at `path`, in order, or None if this format finds none there.
+
+        Args:
+            path: a folder, an index file, or one shard.
+
+        Raises:
+            SourceError: there is an index, and it is wrong.
+        """
+        return None
+
+    def check_shards(self, path: Path, sources: Sequence[Source]) -> None:
+        """Check a split checkpoint against its index, once the headers are known."""
+
+
+_registry: dict[str, Format] = {}
+
+
+def register(cls: type[Format]) -> type[Format]:
+    """Enter a format class in the registry."""
+    _registry[cls.id] = cls()
+    return cls
+
+
+@cache
+def _formats() -> tuple[Format, ...]:
+    from quantcache.loader import formats
+
+    for module in pkgutil.iter_modules(formats.__path__, f"{formats.__name__}."):
+        importlib.import_module(module.name)
+    return tuple(_registry.values())
+
+
+class Source:
+    """Read one file of a checkpoint: its tensors as zero-copy views.
+
+    Args:
+        path: the file.
+
+    Raises:
+        SourceError: it is no model, or its header cannot be true.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = MappedFile(path)
+        head = self.file.bytes[:64].tobytes()
+        for known in _formats():
+            if known.recognizes(head):
+                self.format = known.id
+                header = known.parse(self.file)
+                break
+        else:
+            raise SourceError(
+                "not a model: neither a GGUF nor a safetensors header",
+                path=path,
+                offset=0,
+                hint="PyTorch .pth/.bin checkpoints can execute code when read: convert them to .safetensors first",
+            )
+        self.metadata = header.metadata
+        self.tensors = {info.name: info for info in header.tensors}
+
+    def check(self) -> None:
+        """Check that every tensor lies inside the file.
+
+        Raises:
+            SourceError: names the first that does not.
+        """
+        for info in self.tensors.values():
+            if info.offset + info.nbytes > self.file.nbytes:
+                raise SourceError(
+                    f"needs {info.nbytes} bytes, the file has {max(0, self.file.nbytes - info.offset)} from there"
+                    " (truncated?)",
+                    path=self.path,
+                    tensor=info.name,
+                    offset=info.offset,
+                )
+
+    def view(self, name: str) -> NDArray[Any]:
+        """Return a tensor as it is stored, without a copy.
+
+        Args:
+            name: the tensor's.
+
+        Returns:
+            Read-only; element types in their shape (perhaps unaligned), block types as uint8 [..., row bytes].
+
+        Raises:
+            SourceError: there is no such tensor, or the file is too short for it.
+        """
+        if name not in self.tensors:
+            raise SourceError("no such tensor", path=self.path, tensor=name)
+        info = self.tensors[name]
+        raw = self.raw(info)
+        if info.is_block:
+            rows = info.shape[:-1] if len(info.shape) > 1 else (1,)
+            return raw.reshape(*rows, -1) if raw.size else raw
+        return raw.view(array_dtype(info.dtype)).reshape(info.shape)
+
+    def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
+        """Return a tensor's bytes, faulted in.
+
+        Raises:
+            SourceError: the file is too short for them, or cannot be read.
+        """
+        raw = self.file.bytes[info.offset : info.offset + info.nbytes]
+        if raw.size != info.nbytes:
+            raise SourceError("lies behind the end of the file", path=self.path, tensor=info.name, offset=info.offset)
+        return raw
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> list[Source]:
+    """Open all files of a checkpoint and check them.
+
+    Args:
+        path: a model file, one of its shards' index, or a folder (a hub snapshot or a repository's cache folder too).
+
+    Returns:
+        The sources in order; more than one for a sharded checkpoint.
+
+    Raises:
+        SourceNotFoundError: nothing is there, or the folder holds no model.
+        SourceError: a file is not what it claims to be.
+    """
+    where = Path(path)
+    if not where.exists():
+        raise SourceNotFoundError(
+            "no such file or folder", path=where, hint="give a .safetensors, .st or .gguf file, or a folder with one"
+        )
+    if where.is_dir():
+        where = _snapshot(where)
+    for known in _formats():
+        files = known.shards(where)
+        if files is not None:
+            sources = [Source(file) for file in files]
+            known.check_shards(where, sources)
+            break
+    else:
+        sources = [Source(_only_file(where) if where.is_dir() else where)]
+    owner: dict[str, Path] = {}
+    for source in sources:
+        source.check()
+        for name in source.tensors:
+            if name in owner:
+                raise SourceError(f"stands in {owner[name].name} too", path=source.path, tensor=name)
+            owner[name] = source.path
+    return sources
+
+
+def _snapshot(folder: Path) -> Path:
+    """Return the current snapshot of a hub's cache folder (`models--org--name`), else the folder itself."""
+    try:
+        revision = (folder / "refs" / "main").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return folder
+    snapshot = folder / "snapshots" / revision
+    return snapshot if revision and Path(revision).name == revision and snapshot.is_dir() else folder
+
+
+def _only_file(folder: Path) -> Path:
+    """Return the one model file in a folder."""
+    suffixes = tuple(suffix for known in _formats() for suffix in known.suffixes)
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(suffixes) and file.is_file())
+    preferred = [file for file in files if file.name == "model.safetensors"]
+    if len(files) == 1 or preferred:
+        return (preferred or files)[0]
+    if not files:
+        raise SourceNotFoundError(f"no model file in this folder ({', '.join(suffixes)})", path=folder)
+    names = ", ".join(file.name for file in files[:5])
+    raise SourceError(
+        f"{len(files)} model files and no index: {names}", path=folder, hint="name the file that you want"
+    )

@@ -1,0 +1,255 @@
+"""Own the contract of a codec, its registry, and the records that a codec fills in.
+
+A codec is one folder under `codecs/`; its `__init__.py` defines a subclass of Codec and decorates it with
+`@register`. Nothing else has to be changed for a new one. A codec never imports another codec.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantcache.errors import CodecError, UsageError
+from quantcache.tensor import ITEMSIZE, array_dtype
+
+__all__ = ["Codec", "Encoder", "Part", "Scratch", "Status", "codec", "codec_ids", "quantize", "register"]
+
+Array = NDArray[Any]
+
+
+class Status(enum.IntFlag):
+    """Say what a kernel met. The same numbers as in kernel.h."""
+
+    OK = 0
+    NONFINITE = 1
+    F16_RANGE = 2
+    F32_SCALES = 4
+    BAD_CALL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Describe one stored array of a quantized tensor.
+
+    Args:
+        name: what callers see, as "codes".
+        key: the tensor's name in the entry file, as other tools expect it.
+        dtype: element type of the stored array.
+        shape: of the stored array.
+        weights: how many weights one stored element covers, if it is written tile by tile;
+            0 if the encoder's finish() writes it whole.
+    """
+
+    name: str
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    weights: int
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size."""
+        return int(np.prod(self.shape, dtype=np.int64)) * ITEMSIZE[self.dtype]
+
+
+class Scratch:
+    """Keep a thread's buffers between tiles: fresh memory costs ten times as much as memory touched before."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+
+    def array(self, slot: str, dtype: Any, size: int) -> Array:
+        """Return `size` elements; what they held before is lost.
+
+        Args:
+            slot: a name for the buffer; two arrays that live at the same time need two.
+            dtype: of the elements.
+            size: number of elements.
+        """
+        nbytes = np.dtype(dtype).itemsize * size
+        buffer = self._buffers.get(slot)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = self._buffers[slot] = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes].view(dtype)
+
+
+class Encoder(ABC):
+    """Quantize one tensor, tile by tile, from several threads at once.
+
+    Args:
+        shape: of the weights.
+        source_dtype: "F32", "F16" or "BF16" (what the tiles come as; BF16 as uint16).
+    """
+
+    #: the stored arrays, in the order in which callers see them
+    parts: tuple[Part, ...]
+
+    @abstractmethod
+    def encode(self, tile: Array, start: int, scratch: Scratch) -> tuple[Status, dict[str, Array]]:
+        """Quantize one tile.
+
+        Args:
+            tile: flat weights; its length is a multiple of the codec's `multiple(shape)`, but for the last.
+            start: index of its first weight in the flattened tensor.
+            scratch: the calling thread's buffers; the result may lie in them.
+
+        Returns:
+            The status and, if it is OK, name -> flat array for every part with `weights > 0`.
+        """
+
+    def finish(self) -> dict[str, Array]:
+        """Return name -> array for the parts that are written whole; called once, after the last tile."""
+        return {}
+
+
+class Codec(ABC):
+    """Describe one way of storing weights. Instances have no state."""
+
+    #: in keys, in entry files, and what users type
+    id: ClassVar[str]
+    #: raised whenever the stored bytes of the same weights change
+    version: ClassVar[int] = 1
+    #: the layouts to try in turn: if one refuses with F32_SCALES, the next is taken
+    variants: ClassVar[tuple[str, ...]] = ("",)
+
+    def parameters(self) -> dict[str, Any]:
+        """Return what else of the codec belongs in the key document."""
+        return {}
+
+    @abstractmethod
+    def bits_per_weight(self) -> float:
+        """Return the stored size, statistics included, for a large tensor."""
+
+    @abstractmethod
+    def refuses(self, shape: tuple[int, ...]) -> str | None:
+        """Return why a tensor of this shape cannot be stored so, or None."""
+
+    @abstractmethod
+    def multiple(self, shape: tuple[int, ...]) -> int:
+        """Return the number of weights that tiles are made of."""
+
+    @abstractmethod
+    def encoder(self, name: str, shape: tuple[int, ...], source_dtype: str, variant: str) -> Encoder:
+        """Return the encoder of one tensor."""
+
+    @abstractmethod
+    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
+        """Decode a whole tensor.
+
+        Args:
+            parts: name -> stored array.
+            out: C-contiguous, of the weights' shape and of the type below; written.
+            dtype: "F32", "F16" or "BF16".
+        """
+
+    def dequantize(
+        self, parts: Mapping[str, Array], shape: tuple[int, ...], dtype: str, out: Array | None = None
+    ) -> Array:
+        """Decode a whole tensor, into a new array or a given one.
+
+        Args:
+            parts: name -> stored array.
+            shape: of the weights.
+            dtype: "F32", "F16" or "BF16".
+            out: written and returned, if given; memory that was touched before is filled ten times as fast.
+
+        Raises:
+            UsageError: `out` has another shape or type, or is not contiguous and writable.
+        """
+        if out is None:
+            out = np.empty(shape, array_dtype(dtype))
+        elif out.shape != shape or out.dtype != array_dtype(dtype):
+            raise UsageError(f"out is {out.dtype} {out.shape}, the weights are {array_dtype(dtype)} {shape}")
+        elif not (out.flags.c_contiguous and out.flags.writeable):
+            raise UsageError("out must be C-contiguous and writable")
+        self.dequantize_into(parts, out, dtype)
+        return out
+
+
+_registry: dict[str, Codec] = {}
+_C = TypeVar("_C", bound=type[Codec])
+
+
+def register(cls: _C) -> _C:
+    """Enter a codec class in the registry.
+
+    Raises:
+        CodecError: another codec has that id already; a registry that replaced it would change bytes silently.
+    """
+    if cls.id in _registry:
+        raise CodecError(f"two codecs are called {cls.id!r}: {cls.__module__} and {type(_registry[cls.id]).__module__}")
+    _registry[cls.id] = cls()
+    return cls
+
+
+@cache
+def _import_all() -> None:
+    from quantcache.quant import codecs
+
+    for module in pkgutil.iter_modules(codecs.__path__, f"{codecs.__name__}."):
+        importlib.import_module(module.name)
+
+
+def codec_ids() -> tuple[str, ...]:
+    """Return the ids of all codecs, sorted."""
+    _import_all()
+    return tuple(sorted(_registry))
+
+
+def codec(codec_id: str) -> Codec:
+    """Return the codec with that id.
+
+    Raises:
+        UsageError: there is none.
+    """
+    _import_all()
+    if codec_id not in _registry:
+        raise UsageError(f"{codec_id!r} is not a codec", hint=f"one of: {', '.join(codec_ids())}, native")
+    return _registry[codec_id]
+
+
+def quantize(codec_id: str, weights: Array, name: str = "X.weight") -> tuple[Status, dict[str, Array]]:
+    """Quantize an array that is in memory as a whole, for tools, tests and benchmarks.
+
+    Args:
+        codec_id: which codec.
+        weights: float32, float16 or bfloat16 of any shape that the codec takes.
+        name: the tensor's name, from which the parts' keys are made.
+
+    Returns:
+        The status and name -> stored array, shaped as stored; empty if the codec refused the values.
+
+    Raises:
+        CodecError: the codec does not take that shape.
+    """
+    from quantcache.tensor import element_name
+
+    chosen = codec(codec_id)
+    reason = chosen.refuses(weights.shape)
+    if reason:
+        raise CodecError(f"{codec_id} cannot store {name}: {reason}")
+    source_dtype = element_name(weights.dtype)
+    flat = np.ascontiguousarray(weights).reshape(-1)
+    if source_dtype == "BF16":
+        flat = flat.view(np.uint16)
+    status = Status.OK
+    for variant in chosen.variants:
+        encoder = chosen.encoder(name, weights.shape, source_dtype, variant)
+        status, arrays = encoder.encode(flat, 0, Scratch())
+        if status == Status.OK:
+            arrays.update(encoder.finish())
+            return status, {
+                part.name: arrays[part.name].view(array_dtype(part.dtype)).reshape(part.shape) for part in encoder.parts
+            }
+        if status != Status.F32_SCALES:
+            break
+    return status, {}

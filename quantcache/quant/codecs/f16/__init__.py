@@ -1,0 +1,65 @@
+"""The cast to float16: for weights that stay unquantized, and as a codec of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantcache.quant import native
+from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
+from quantcache.quant.codecs.f16 import reference
+from quantcache.quant.floats import from_f32, to_f32
+
+Array = NDArray[Any]
+
+
+class F16Encoder(Encoder):
+    """Cast one tensor; float16 passes through."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], source_dtype: str) -> None:
+        self._dtype = source_dtype
+        self.parts = (Part("values", name, "F16", shape, 1),)
+
+    def encode(self, tile: Array, start: int, scratch: Scratch) -> tuple[Status, dict[str, Array]]:
+        """Cast one tile."""
+        if self._dtype == "F16":
+            return Status.OK, {"values": tile}
+        if native.level() == "reference":
+            status, half = reference.cast(to_f32(tile, self._dtype))
+        else:
+            half = scratch.array("values", np.float16, tile.size)
+            status = Status(
+                native.kernel("f16_cast")(native.contiguous(tile), tile.size, native.ELEMENT[self._dtype], half)
+            )
+        return status, {"values": half}
+
+
+@register
+class F16(Codec):
+    """16 bits a weight."""
+
+    id = "f16"
+
+    def bits_per_weight(self) -> float:
+        """Return 16."""
+        return 16.0
+
+    def refuses(self, shape: tuple[int, ...]) -> str | None:
+        """Take any shape."""
+        return None
+
+    def multiple(self, shape: tuple[int, ...]) -> int:
+        """Return 64, so that tiles start at whole cache lines."""
+        return 64
+
+    def encoder(self, name: str, shape: tuple[int, ...], source_dtype: str, variant: str) -> Encoder:
+        """Return a new encoder."""
+        return F16Encoder(name, shape, source_dtype)
+
+    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
+        """Widen or copy."""
+        decoded = from_f32(to_f32(parts["values"].reshape(-1), "F16"), dtype)
+        out[...] = decoded.view(out.dtype).reshape(out.shape)

@@ -1,0 +1,187 @@
+/* Int8, affine, groups of 128. Norm: reference.py beside this file.
+ * Shapes: n weights (n % 128 == 0); codes uint8[n]; scales, biases S[n / 128], S float16 or float32. */
+#include "../../kernel.h"
+
+enum { GROUP = 128 };
+
+typedef struct { float scale, bias; int status; } affine_t;
+
+/* A stored number must be 0 or normal and finite in S; `half` is the f16 it was rounded to. */
+QC_INLINE int fits_f16(float value, uint16_t half) {
+    const unsigned exponent = half & 0x7c00u;
+    return value == 0.0f || (exponent != 0 && exponent != 0x7c00u);
+}
+
+QC_INLINE affine_t affine(float lo, float hi, int scales_f16) {
+    affine_t a = {(hi - lo) * (1.0f / 255.0f), lo + 0.0f, QC_OK}; /* + 0: of -0 and 0 either may be the minimum */
+    if (!(a.scale <= 3.4028234663852886e38f)) a.status = QC_NONFINITE; /* the range itself overflows */
+    if (scales_f16) {
+        const uint16_t scale = qc_f16_from_f32(a.scale), bias = qc_f16_from_f32(a.bias);
+        if (!fits_f16(a.scale, scale) || !fits_f16(a.bias, bias)) a.status |= QC_F32_SCALES;
+        a.scale = qc_f32_from_f16(scale);
+        a.bias = qc_f32_from_f16(bias);
+    }
+    return a;
+}
+
+/* The definition itself: the number of i in 1..255 with d > (i - 0.5) * scale, by halving. */
+QC_INLINE uint8_t code_of(float d, float scale) {
+    if (scale == 0.0f) return 0;
+    unsigned code = 0;
+    for (unsigned step = 128; step; step >>= 1)
+        if (d > ((float)(code + step) - 0.5f) * scale) code += step;
+    return (uint8_t)code;
+}
+
+/* Below this 1 / scale may overflow or lose bits: those groups take the definition. */
+#define SMALLEST_FAST_SCALE 1e-30f
+
+#if defined(QC_LANES)
+enum { VECTORS = GROUP / QC_LANES, BATCH = 8 };
+
+/* Finds the range of one group and, unless it is float32 already, widens it into `x`. Returns a status. */
+QC_INLINE int measure_group(const void *src, size_t start, int element, float *x, affine_t *out, int scales_f16) {
+    qf lo[2], hi[2], sum[2];
+    for (int j = 0; j < VECTORS; j++) {
+        const qf value = qf_element(src, start + (size_t)j * QC_LANES, element);
+        if (element != QC_F32) qf_store(x + j * QC_LANES, value);
+        lo[j & 1] = j < 2 ? value : qf_min(lo[j & 1], value);
+        hi[j & 1] = j < 2 ? value : qf_max(hi[j & 1], value);
+        sum[j & 1] = j < 2 ? value : qf_add(sum[j & 1], value);
+    }
+    /* min and max drop a NaN, a sum keeps it; times 0, an Inf becomes one too. A finite sum that
+     * overflowed does as well, so the group is then looked at exactly. */
+    const qf hint = qf_mul(qf_add(sum[0], sum[1]), qf_set(0.0f));
+    if (qf_any_nan(hint) && qc_any_nonfinite(src, start, GROUP, element)) return QC_NONFINITE;
+    *out = affine(qf_hmin(qf_min(lo[0], lo[1])), qf_hmax(qf_max(hi[0], hi[1])), scales_f16);
+    return out->status;
+}
+
+/* The guess is the answer or one less: a quotient lowered by more than all its rounding errors
+ * (at most 1.1e-4 at 256) and rounded to the nearest integer. One of the comparisons that define
+ * the code puts it right. |d / scale| stays below 2^22: float16 biases are off by at most 2^-11 of
+ * lo, and a range that is not 0 is at least 2^-24 of it. */
+QC_INLINE void code_group(const float *x, affine_t a, uint8_t *codes) {
+    if (a.scale < SMALLEST_FAST_SCALE) {
+        for (int i = 0; i < GROUP; i++) codes[i] = code_of(x[i] - a.bias, a.scale);
+        return;
+    }
+    const qf bias = qf_set(a.bias), scale = qf_set(a.scale), half_scale = qf_set(0.5f * a.scale);
+    const qf inv = qf_set(1.0f / a.scale), lower = qf_set(-1.0f / 4096.0f), to_integer = qf_set(12582912.0f);
+    for (int j = 0; j < VECTORS; j += 4) {
+        qi q[4];
+        for (int k = 0; k < 4; k++) {
+            const qf d = qf_sub(qf_load(x + (j + k) * QC_LANES), bias);
+            const qf shifted = qf_add(qf_fma(d, inv, lower), to_integer); /* the integer in the low bits */
+            const qf guess = qf_sub(shifted, to_integer);
+            /* halving is exact, so the fused sum is f32((guess + 0.5) * scale), rounded once */
+            const qm above = qf_gt(d, qf_fma(guess, scale, half_scale));
+            q[k] = qi_add_if(qi_sub(qi_bits(shifted), qi_bits(to_integer)), above);
+        }
+        qi_store_u8(codes + j * QC_LANES, q);
+    }
+}
+
+#else
+QC_INLINE int quantize_group(const void *src, size_t start, int element, uint8_t *codes, affine_t *out, int scales_f16) {
+    float x[GROUP];
+    qc_load_f32(x, src, start, GROUP, element);
+    uint32_t top = 0;
+    float lo = x[0], hi = x[0];
+    for (int i = 0; i < GROUP; i++) {
+        const uint32_t magnitude = qc_bits(x[i]) & 0x7fffffffu;
+        top = magnitude > top ? magnitude : top;
+    }
+    if (top >= 0x7f800000u) return QC_NONFINITE;
+    _Pragma("omp simd reduction(min : lo) reduction(max : hi)")
+    for (int i = 0; i < GROUP; i++) {
+        lo = x[i] < lo ? x[i] : lo;
+        hi = x[i] > hi ? x[i] : hi;
+    }
+    *out = affine(lo, hi, scales_f16);
+    if (out->status) return out->status;
+    const float bias = out->bias, scale = out->scale;
+    if (scale < SMALLEST_FAST_SCALE) {
+        for (int i = 0; i < GROUP; i++) codes[i] = code_of(x[i] - bias, scale);
+        return QC_OK;
+    }
+    const float inv = 1.0f / scale;
+    for (int i = 0; i < GROUP; i++) {
+        /* a guess within one of the answer, put right by the comparisons that define it */
+        const float d = x[i] - bias;
+        const float guess = (d * inv + 12582912.0f) - 12582912.0f; /* to the nearest integer */
+        int q = (int)guess;
+        q -= d <= (guess - 0.5f) * scale;
+        q += d > (guess + 0.5f) * scale;
+        q = q < 0 ? 0 : q;
+        codes[i] = (uint8_t)(q > 255 ? 255 : q);
+    }
+    return QC_OK;
+}
+#endif
+
+QC_INLINE int quantize(const void *x, size_t n, uint8_t *codes, void *scales, void *biases, int scales_f16, int element) {
+    if (n % GROUP) return QC_BAD_CALL;
+    const size_t groups = n / GROUP;
+    const int stored = scales_f16 ? QC_F16 : QC_F32;
+#if defined(QC_LANES)
+    /* All ranges of a batch before its codes: their long chains of dependent steps then overlap. */
+    for (size_t first = 0; first < groups; first += BATCH) {
+        const size_t count = groups - first < BATCH ? groups - first : BATCH;
+        float widened[BATCH * GROUP];
+        affine_t a[BATCH];
+        for (size_t g = 0; g < count; g++) {
+            const int status = measure_group(x, (first + g) * GROUP, element, widened + g * GROUP, a + g, scales_f16);
+            if (status) return status;
+            qc_store_element(scales, first + g, a[g].scale, stored);
+            qc_store_element(biases, first + g, a[g].bias, stored);
+        }
+        const float *wide = element == QC_F32 ? (const float *)x + first * GROUP : widened;
+        for (size_t g = 0; g < count; g++) code_group(wide + g * GROUP, a[g], codes + (first + g) * GROUP);
+    }
+#else
+    for (size_t g = 0; g < groups; g++) {
+        affine_t a;
+        const int status = quantize_group(x, g * GROUP, element, codes + g * GROUP, &a, scales_f16);
+        if (status) return status;
+        qc_store_element(scales, g, a.scale, stored);
+        qc_store_element(biases, g, a.bias, stored);
+    }
+#endif
+    return QC_OK;
+}
+
+/* x: element[n]; scales_f16: 1 if S is float16. Stops at the first group that S cannot hold
+ * (F32_SCALES) or that is not finite (NONFINITE). */
+QC_EXPORT(qc_int8_quantize)(const void *x, size_t n, int64_t element, int64_t scales_f16, uint8_t *codes, void *scales, void *biases) {
+    QC_FP_ENTER;
+    const int status = scales_f16 ? QC_FOR_ELEMENT(element, quantize, x, n, codes, scales, biases, 1)
+                                  : QC_FOR_ELEMENT(element, quantize, x, n, codes, scales, biases, 0);
+    QC_FP_LEAVE;
+    return status;
+}
+
+QC_INLINE int dequantize(const uint8_t *codes, const void *scales, const void *biases, size_t n, int scales_f16, void *out, int element) {
+    if (n % GROUP) return QC_BAD_CALL;
+    for (size_t g = 0; g < n / GROUP; g++) {
+        const float scale = qc_element(scales, g, scales_f16 ? QC_F16 : QC_F32);
+        const float bias = qc_element(biases, g, scales_f16 ? QC_F16 : QC_F32);
+#if defined(QC_LANES)
+        for (size_t i = 0; i < GROUP; i += QC_LANES)
+            qf_store_element(out, g * GROUP + i,
+                             qf_add(qf_mul(qf_from_u8(codes + g * GROUP + i), qf_set(scale)), qf_set(bias)), element);
+#else
+        for (size_t i = g * GROUP; i < (g + 1) * GROUP; i++)
+            qc_store_element(out, i, (float)codes[i] * scale + bias, element);
+#endif
+    }
+    return QC_OK;
+}
+
+/* out: element[n] = f32(f32(code * scale) + bias), rounded to the element type */
+QC_EXPORT(qc_int8_dequantize)(const uint8_t *codes, const void *scales, const void *biases, size_t n, int64_t scales_f16, void *out, int64_t element) {
+    QC_FP_ENTER;
+    const int status = QC_FOR_ELEMENT(element, dequantize, codes, scales, biases, n, (int)scales_f16, out);
+    QC_FP_LEAVE;
+    return status;
+}

@@ -1,0 +1,171 @@
+"""Own the plain records that pass between the layers: element types, TensorInfo, QuantTensor.
+
+Knows no codec, no file format and no store. Element types are called by their safetensors names
+("F32", "BF16", "U8"), block types by their GGML names ("Q4_K").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from quantcache.errors import CodecError, UsageError
+
+__all__ = ["ITEMSIZE", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype"]
+
+#: Bytes per element of every safetensors element type that is whole bytes.
+ITEMSIZE: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+_NUMPY = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4",
+    "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
+}  # fmt: skip
+_ML_DTYPES = {
+    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+
+
+def array_dtype(name: str) -> np.dtype[Any]:
+    """Return the NumPy dtype of an element type; bfloat16 and float8 come from ml_dtypes.
+
+    Args:
+        name: a key of ITEMSIZE.
+
+    Raises:
+        UsageError: the name is not an element type.
+    """
+    if name in _NUMPY:
+        return np.dtype(_NUMPY[name])
+    if name in _ML_DTYPES:
+        import ml_dtypes  # here: 20 ms that a model without such tensors need not pay
+
+        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
+    raise UsageError(f"{name!r} is not an element type")
+
+
+def element_name(dtype: DTypeLike) -> str:
+    """Return the element type's name for a NumPy dtype, ml_dtypes included.
+
+    Raises:
+        UsageError: checkpoints have no such element type.
+    """
+    wanted = np.dtype(dtype)
+    for name, code in _NUMPY.items():
+        if np.dtype(code) == wanted:
+            return name
+    for name, attribute in _ML_DTYPES.items():
+        if wanted.name == attribute:
+            return name
+    raise UsageError(f"no element type for NumPy's {wanted}")
+
+
+def float_dtype(dtype: DTypeLike) -> str:
+    """Return "F32", "F16" or "BF16" for a dtype or one of the usual names.
+
+    Args:
+        dtype: np.float16, np.float32, "bfloat16", an ml_dtypes type, or the names themselves.
+
+    Raises:
+        UsageError: weights are not decoded to that type.
+    """
+    names = {"F32": "F32", "F16": "F16", "BF16": "BF16", "bfloat16": "BF16", "bf16": "BF16", "f16": "F16", "f32": "F32"}
+    if isinstance(dtype, str) and dtype in names:
+        return names[dtype]
+    name = element_name(dtype)
+    if name not in {"F32", "F16", "BF16"}:
+        raise UsageError(f"weights are decoded to float32, float16 or bfloat16, not {np.dtype(dtype)}")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Describe one tensor of a source file.
+
+    Args:
+        name: its name in the file.
+        dtype: element type ("F16") or block type ("Q4_K").
+        shape: in NumPy order, rows first; for block types too, in weights.
+        offset: first byte in the file.
+        nbytes: stored size.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements (weights)."""
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """True for the element types that can be quantized."""
+        return self.dtype in {"F32", "F16", "BF16", "F64"}
+
+    @property
+    def is_block(self) -> bool:
+        """True for a GGML block type, which only its own codec can read."""
+        return self.dtype not in ITEMSIZE
+
+
+#: decode(parts, shape, element type, out or None) -> array of that shape
+Decoder = Callable[[Mapping[str, NDArray[Any]], tuple[int, ...], str, NDArray[Any] | None], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantTensor:
+    """Hold one quantized tensor: read-only views of the stored parts.
+
+    Args:
+        codec: the codec's id, "nf4"; for a passed-through GGUF tensor its block type, "Q4_K".
+        shape: of the weights, (out, in).
+        parts: name -> array, as the codec's README lays them out; views, never copies.
+        decode: turns the parts into weights; set by the loader.
+    """
+
+    codec: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, NDArray[Any]]
+    decode: Decoder | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    def dequantize(self, dtype: DTypeLike = np.float16, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Decode all weights.
+
+        Args:
+            dtype: float16, float32 or bfloat16.
+            out: an array of `shape` and `dtype` to write; a new one if None.
+
+        Returns:
+            The weights.
+
+        Raises:
+            CodecError: nothing here can decode this block type.
+            UsageError: another dtype.
+        """
+        if self.decode is None:
+            raise CodecError(f"nothing here decodes {self.codec}")
+        return self.decode(self.parts, self.shape, float_dtype(dtype), out)
