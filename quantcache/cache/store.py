@@ -1,0 +1,549 @@
+"""Own Cache, the store's facade: find, build once, publish, evict, and never fail a load.
+
+::
+
+    <root>/                  QUANTCACHE_DIR, else the user's cache folder; 0700; CACHEDIR.TAG
+      v1/
+        index.sqlite3        disposable
+        entries/<k[:2]>/<key>.safetensors
+        pins/<key>
+        tmp/  quarantine/  locks/
+
+An entry becomes visible by a rename, after its bytes are durable; then its row is written. A row without a file is
+nobody's hit, a file without a row is adopted. Knows bytes and key documents; no codec, no model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sqlite3
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from quantcache.cache import policy as policies
+from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale, store_error
+from quantcache.cache.container import Slot
+from quantcache.cache.filesystem import make_private, tree_nbytes
+from quantcache.cache.index import EntryRow, Index, is_damage
+from quantcache.cache.key import CONTAINER_VERSION, Stamp, canonical, key_of
+from quantcache.cache.settings import parse_share, parse_size, resolve
+from quantcache.errors import (
+    CacheError,
+    CorruptEntryError,
+    KeyNotFoundError,
+    LockTimeoutError,
+    NoCacheError,
+    QuantcacheWarning,
+    StoreReadOnlyError,
+    StoreTooNewError,
+    UsageError,
+)
+
+__all__ = ["Cache", "row_of"]
+
+_T = TypeVar("_T")
+_KEY = re.compile(r"[0-9a-f]{32}")
+_USE_INTERVAL_S = 60.0
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Written by quantcache: backups may leave this folder out.\n"
+
+
+class Cache:
+    """Keep built entries by key.
+
+    Args:
+        root: the folder; the setting `dir` if None.
+        max_size: bytes that the store may take; the setting if None.
+        keep_free: share ("5%") or bytes of the disk that stay free; the setting if None.
+        policy: which entries go first: "lru", "size" or "cost".
+        lock_timeout_s: how long to wait for another process that builds the same entry; None waits.
+        create: make the folder if it is not there.
+        readonly: write nothing at all.
+        shared: accept a folder of another user.
+
+    Raises:
+        UsageError: a setting cannot be meant.
+        NoCacheError: there is no store, and `create` is false.
+        CacheError: the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        max_size: int | str | None = None,
+        keep_free: int | str | None = None,
+        policy: str | None = None,
+        lock_timeout_s: float | None = None,
+        create: bool = True,
+        readonly: bool = False,
+        shared: bool = False,
+    ) -> None:
+        flags = {"dir": root, "max_size": max_size, "keep_free": keep_free, "policy": policy, "lock_timeout": lock_timeout_s}
+        chosen = {name: setting.value for name, setting in resolve(flags).items()}
+        self.root: Path = Path(chosen["dir"])
+        self.max_size: int = chosen["max_size"]
+        self.keep_free: str = parse_share(chosen["keep_free"])
+        self.policy: str = chosen["policy"]
+        self.lock_timeout_s: float | None = chosen["lock_timeout"]
+        self.readonly = readonly
+        self.folder = self.root / f"v{CONTAINER_VERSION}"
+        self._lock = threading.RLock()
+        self._index: Index | None = None
+        self._pending: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
+        if not self.folder.is_dir():
+            newer = [p.name for p in self.root.glob("v[0-9]*") if p.name[1:].isdigit() and int(p.name[1:]) > CONTAINER_VERSION]
+            if newer and not create:
+                raise StoreTooNewError(f"the store {self.root} has only {newer[0]}, this program reads v{CONTAINER_VERSION}")
+            if readonly or not create:
+                raise NoCacheError(f"there is no store in {self.root}", hint="quantcache warm PATH makes one")
+        if not readonly:
+            try:
+                make_private(self.root, shared=shared)
+                for name in ("", "entries", "pins", "tmp", "quarantine", "locks"):
+                    (self.folder / name).mkdir(mode=0o700, exist_ok=True)
+                tag = self.root / "CACHEDIR.TAG"
+                if not tag.exists():
+                    tag.write_text(_TAG)
+            except OSError as error:
+                if not self.folder.is_dir():
+                    raise store_error(f"cannot make a store in {self.root}", error) from error
+                self.readonly = True
+            if not os.access(self.folder / "entries", os.W_OK):
+                self.readonly = True
+
+    # ---- the index, which may fail without anybody noticing more than one warning ----
+
+    def _open_index(self) -> Index:
+        path = self.folder / "index.sqlite3"
+        if self.readonly:
+            try:
+                return Index(path, readonly=True)
+            except (sqlite3.Error, StoreTooNewError):
+                return self._scan_into(Index(None))
+        try:
+            fresh = not path.exists()
+            index = Index(path)
+        except StoreTooNewError as error:
+            warnings.warn(f"{error.message}; reading the entries themselves", QuantcacheWarning, stacklevel=2)
+            return self._scan_into(Index(None))
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            return self._replace_index(str(error))
+        return self._scan_into(index) if fresh else index
+
+    def _replace_index(self, why: str) -> Index:
+        warnings.warn(f"the index was damaged ({why}) and is rebuilt from the entries", QuantcacheWarning, stacklevel=2)
+        for suffix in ("", "-wal", "-shm"):
+            path = self.folder / f"index.sqlite3{suffix}"
+            if path.exists() and quarantine(path, self.folder / "quarantine") is None:
+                return self._scan_into(Index(None))
+        return self._scan_into(Index(self.folder / "index.sqlite3"))
+
+    def _scan_into(self, index: Index) -> Index:
+        rows = []
+        for path in self.entry_files():
+            with contextlib.suppress(CacheError, OSError):
+                rows.append(row_of(StoredEntry(path.stem, path), path.stat().st_mtime))
+        if rows:
+            index.put(rows)
+        return index
+
+    def _with_index(self, action: Callable[[Index], _T], default: _T) -> _T:
+        with self._lock:
+            for attempt in range(2):
+                try:
+                    if self._index is None:
+                        self._index = self._open_index()
+                    return action(self._index)
+                except sqlite3.Error as error:
+                    if self.readonly:
+                        return default
+                    if not is_damage(error) or attempt:
+                        warnings.warn(f"the index cannot be used: {error}", QuantcacheWarning, stacklevel=3)
+                        return default
+                    if self._index is not None:
+                        self._index.close()
+                    self._index = self._replace_index(str(error))
+            return default
+
+    def entry_files(self) -> Iterator[Path]:
+        """Yield the paths of all entry files."""
+        for path in sorted((self.folder / "entries").glob("??/*.safetensors")):
+            if _KEY.fullmatch(path.stem) and path.parent.name == path.stem[:2]:
+                yield path
+
+    def path_of(self, key: str) -> Path:
+        """Return where the entry of a key is, if there is one.
+
+        Raises:
+            UsageError: that is no key; nothing else becomes part of a path.
+        """
+        if not _KEY.fullmatch(key):
+            raise UsageError(f"{key!r} is not a key")
+        return self.folder / "entries" / key[:2] / f"{key}.safetensors"
+
+    # ---- hits ----
+
+    def find(self, document: Mapping[str, Any]) -> StoredEntry | None:
+        """Return the entry of a key document, its header checked, or None.
+
+        A damaged one is quarantined with a warning and counts as none.
+        """
+        key = key_of(document)
+        path = self.path_of(key)
+        try:
+            entry = StoredEntry(key, path)
+            if canonical(entry.header.document) != canonical(document):
+                raise CorruptEntryError(f"entry {key} was built for another key document")
+        except FileNotFoundError:
+            return None
+        except CorruptEntryError as error:
+            self.damaged(key, error.message)
+            return None
+        except CacheError as error:
+            warnings.warn(f"{error.message}; loading without it", QuantcacheWarning, stacklevel=3)
+            return None
+        return entry
+
+    def damaged(self, key: str, why: str) -> None:
+        """Move a damaged entry out of the way and say so."""
+        moved = None if self.readonly else quarantine(self.path_of(key), self.folder / "quarantine")
+        if moved:
+            self._with_index(lambda index: index.remove([key]), None)
+        where = "moved to quarantine" if moved else "left where it is (read-only store)"
+        warnings.warn(f"damaged entry {key[:12]} {where}: {why}", QuantcacheWarning, stacklevel=3)
+
+    def used(self, entry: StoredEntry, *, saved_s: float) -> None:
+        """Note a hit; written at most once a minute an entry, the rest when the cache is closed."""
+        with self._lock:
+            self._pending[entry.key] = self._pending.get(entry.key, 0) + 1
+            self.tally(hits=1, bytes_served=entry.header.nbytes, seconds_saved=max(0.0, saved_s))
+            row = self._with_index(lambda index: index.entry(entry.key), None)
+            if row is None and not self.readonly:
+                self._with_index(lambda index: index.put([row_of(entry, time.time())]), None)
+            if row is None or time.time() - row.used_s >= _USE_INTERVAL_S:
+                self.flush()
+
+    def tally(self, **amounts: float) -> None:
+        """Add to the counters that `stats` shows."""
+        for name, amount in amounts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + amount
+
+    def flush(self) -> None:
+        """Write what was noted; silently nothing in a read-only store."""
+        with self._lock:
+            uses, counts = self._pending, self._counts
+            self._pending, self._counts = {}, {}
+            if self.readonly:
+                return
+            if uses:
+                self._with_index(lambda index: index.used(uses, time.time()), None)
+            if counts:
+                self._with_index(lambda index: index.count(counts), None)
+
+    # ---- sources ----
+
+    def source_digest(self, stamp: Stamp) -> str | None:
+        """Return a source's digest if stat() says that it is still the file that was digested."""
+        return self._with_index(lambda index: index.source_digest(stamp), None)
+
+    def record_source(self, stamp: Stamp, digest: str, path: Path, seen_ns: int) -> None:
+        """Remember a source's digest; `seen_ns` is when the stamp was taken."""
+        if not self.readonly:
+            self._with_index(lambda index: index.put_source(stamp, digest, str(path), seen_ns), None)
+
+    def knows(self, fingerprint: str) -> bool:
+        """Return whether a source with this fingerprint may have an entry."""
+        return self._with_index(lambda index: index.has_fingerprint(fingerprint), True)
+
+    def record_model(self, path: Path, recipe: str, keys: list[str]) -> None:
+        """Remember which entries make up a checkpoint."""
+        if not self.readonly:
+            self._with_index(lambda index: index.put_model(str(path), recipe, keys), None)
+
+    # ---- building ----
+
+    @contextlib.contextmanager
+    def building(self, name: str) -> Iterator[None]:
+        """Hold the lock of a build, see `acquire`."""
+        release = self.acquire(name)
+        try:
+            yield
+        finally:
+            release()
+
+    def acquire(self, name: str) -> Callable[[], None]:
+        """Wait until no other process builds under this name; on file systems without locks, go on at once.
+
+        Args:
+            name: 32 hex digits.
+
+        Returns:
+            A function that gives the lock back, from any thread.
+
+        Raises:
+            LockTimeoutError: another process held it for longer than `lock_timeout_s`.
+        """
+        import filelock  # here: a hit takes no lock
+
+        if not _KEY.fullmatch(name):
+            raise UsageError(f"{name!r} is not the name of a lock")
+        lock = filelock.FileLock(str(self.folder / "locks" / f"{name}.lock"), thread_local=False)
+        try:
+            lock.acquire(timeout=-1 if self.lock_timeout_s is None else self.lock_timeout_s)
+        except filelock.Timeout as error:
+            raise LockTimeoutError(
+                f"another process has been building this entry for over {self.lock_timeout_s} s",
+                hint="wait for it, or raise --lock-timeout",
+            ) from error
+        except (OSError, NotImplementedError):
+            return lambda: None  # two writers waste work then, and never mix bytes
+        return lambda: lock.release(force=True)
+
+    def stage(self, slots: Iterable[Slot], records: Any) -> StagedEntry:
+        """Reserve room for an entry, evicting others within the limits.
+
+        Raises:
+            CacheError: there is no room, or the store cannot be written.
+        """
+        if self.readonly:
+            raise StoreReadOnlyError(f"the store {self.root} is read-only")
+        slots = list(slots)
+        remove_stale(self.folder / "tmp")
+        self.make_room(sum(slot.nbytes for slot in slots))
+        return StagedEntry(self.folder / "tmp", slots, records)
+
+    def make_room(self, nbytes: int) -> None:
+        """Evict until so many bytes fit the limits.
+
+        Raises:
+            CacheError: they cannot.
+        """
+        short = self.over_limits(nbytes)
+        if short > 0:
+            for path in sorted((self.folder / "quarantine").glob("*")):
+                with contextlib.suppress(OSError):
+                    short -= path.stat().st_size
+                    path.unlink()
+        if short > 0:
+            for row in policies.choose(self.entries(), short, self.policy, self.pinned()):
+                self.remove(row.key)
+                self.tally(evicted=1, bytes_evicted=row.nbytes)
+            short = self.over_limits(nbytes)
+        if short > 0:
+            raise CacheError(
+                f"{nbytes} bytes do not fit the store's limits (max_size {self.max_size}, keep_free {self.keep_free})",
+                hint="raise --max-size, lower keep_free, or unpin an entry",
+            )
+
+    def over_limits(self, nbytes: int) -> int:
+        """Return how many bytes too much the store would take, or the disk would lose, with so many more."""
+        over = self.usage()["total"] + nbytes - self.max_size
+        with contextlib.suppress(OSError):
+            disk = shutil.disk_usage(self.folder)
+            share = self.keep_free
+            free = int(disk.total * float(share[:-1]) / 100) if share.endswith("%") else parse_size(share)
+            over = max(over, free - (disk.free - nbytes))
+        return over
+
+    def usage(self) -> dict[str, int]:
+        """Return the store's bytes: entries, temp files, quarantine, total."""
+        found = {
+            "entries": sum(row.nbytes for row in self.entries()),
+            "tmp": tree_nbytes(self.folder / "tmp"),
+            "quarantine": tree_nbytes(self.folder / "quarantine"),
+        }
+        return found | {"total": sum(found.values())}
+
+    def publish(
+        self, staged: StagedEntry, *, document: Mapping[str, Any], records: Any, built: Mapping[str, Any]
+    ) -> StoredEntry:
+        """Make a staged entry visible and write its row.
+
+        Raises:
+            CacheError: the disk refused; nothing is visible then.
+        """
+        key = key_of(document)
+        path = self.path_of(key)
+        staged.publish(path, document=document, records=records, built=built)
+        entry = StoredEntry(key, path)
+        self._with_index(lambda index: index.put([row_of(entry, time.time())]), None)
+        return entry
+
+    def get_or_build(self, document: Mapping[str, Any], build: Callable[[Callable[..., StagedEntry]], Any]) -> StoredEntry:
+        """Return the entry of a key document, building it once across processes; for loaders other than ours.
+
+        Args:
+            document: plain JSON; everything that the bytes depend on.
+            build: called with `stage(slots, records)`; must return (staged, records) with every slot written.
+
+        Raises:
+            CacheError: it could not be stored.
+        """
+        entry = self.find(document)
+        if entry is not None:
+            self.used(entry, saved_s=float(entry.header.built.get("seconds", 0)))
+            return entry
+        with self.building(key_of(document)):
+            entry = self.find(document)
+            if entry is not None:
+                return entry
+            start = time.monotonic()
+            staged, records = build(self.stage)
+            built = {"seconds": round(time.monotonic() - start, 3), "created": time.time()}
+            try:
+                return self.publish(staged, document=document, records=records, built=built)
+            except BaseException:
+                staged.discard()
+                raise
+
+    # ---- looking after it ----
+
+    def entries(self) -> list[EntryRow]:
+        """Return the rows of all entries whose file is there, most recently used first."""
+        return [row for row in self._with_index(lambda index: index.entries(), []) if self.path_of(row.key).exists()]
+
+    def lookup(self, key: str) -> EntryRow:
+        """Return the one entry whose key starts so.
+
+        Raises:
+            KeyNotFoundError: there is none, or more than one.
+        """
+        found = [row for row in self.entries() if row.key.startswith(key.lower())] if key else []
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise KeyNotFoundError(f"{len(found)} entries start with {key!r}", hint="give more digits of the key")
+        raise KeyNotFoundError(f"no entry starts with {key!r}", hint="quantcache ls shows them")
+
+    def keys_of_model(self, path: Path) -> list[str]:
+        """Return the keys that were built for a checkpoint's path."""
+        known = self._with_index(lambda index: index.model_keys(str(path)), [])
+        rows = self.entries()
+        return [row.key for row in rows if row.key in known or row.source_path == str(path)]
+
+    def open(self, key: str) -> StoredEntry:
+        """Open an entry by its whole key.
+
+        Raises:
+            KeyNotFoundError, CorruptEntryError, CacheError: as they say.
+        """
+        try:
+            return StoredEntry(key, self.path_of(key))
+        except FileNotFoundError as error:
+            raise KeyNotFoundError(f"no entry has the key {key}") from error
+
+    def remove(self, key: str) -> int:
+        """Delete an entry, file first; whoever has it mapped goes on reading it.
+
+        Returns:
+            Bytes that it took.
+
+        Raises:
+            StoreReadOnlyError, CacheError: it could not be deleted.
+        """
+        path = self.path_of(key)
+        try:
+            nbytes = path.stat().st_size
+            path.unlink()
+        except FileNotFoundError:
+            nbytes = 0
+        except OSError as error:
+            raise store_error(f"cannot remove entry {key}", error) from error
+        self._with_index(lambda index: index.remove([key]), None)
+        return nbytes
+
+    def pin(self, key: str) -> None:
+        """Keep an entry from being evicted or pruned."""
+        try:
+            (self.folder / "pins" / self.lookup(key).key).touch(mode=0o600)
+        except OSError as error:
+            raise store_error(f"cannot pin {key}", error) from error
+
+    def unpin(self, key: str) -> None:
+        """Let an entry be evicted again."""
+        try:
+            (self.folder / "pins" / self.lookup(key).key).unlink(missing_ok=True)
+        except OSError as error:
+            raise store_error(f"cannot unpin {key}", error) from error
+
+    def pinned(self) -> set[str]:
+        """Return the keys of pinned entries."""
+        return {path.name for path in (self.folder / "pins").glob("*") if _KEY.fullmatch(path.name)}
+
+    def checked(self, key: str) -> None:
+        """Record that all digests of an entry were checked and right."""
+        if not self.readonly:
+            self._with_index(lambda index: index.checked(key, time.time()), None)
+
+    def rebuild_index(self) -> int:
+        """Make the index anew from the entries, keeping counters and use times where they can be read.
+
+        Returns:
+            The number of entries.
+        """
+        with self._lock:
+            old = {row.key: row for row in self._with_index(lambda index: index.entries(), [])}
+            counters = self._with_index(lambda index: index.counters(), {})
+            if self._index is not None:
+                self._index.close()
+            for suffix in ("", "-wal", "-shm"):
+                (self.folder / f"index.sqlite3{suffix}").unlink(missing_ok=True)
+            self._index = self._scan_into(Index(self.folder / "index.sqlite3"))
+            rows = [old.get(row.key, row) for row in self._index.entries()]
+            self._index.put(rows)
+            self._index.count(counters)
+            return len(rows)
+
+    def stats(self) -> dict[str, float]:
+        """Return the counters: hits, misses, bytes_served, bytes_built, seconds_saved, seconds_building, evicted."""
+        self.flush()
+        names = ("hits", "misses", "bytes_served", "bytes_built", "seconds_saved", "seconds_building", "evicted", "bytes_evicted")
+        found = self._with_index(lambda index: index.counters(), {})
+        return {name: found.get(name, 0.0) for name in names}
+
+    def close(self) -> None:
+        """Write what was noted and close the index."""
+        self.flush()
+        with self._lock:
+            if self._index is not None:
+                self._index.close()
+                self._index = None
+
+    def __enter__(self) -> Cache:
+        """Return the cache itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+def row_of(entry: StoredEntry, used_s: float) -> EntryRow:
+    """Return the row that an entry's own header gives."""
+    header, built = entry.header, entry.header.built
+    source = header.document.get("source", {}) if isinstance(header.document, dict) else {}
+    return EntryRow(
+        key=entry.key,
+        nbytes=header.nbytes,
+        fingerprint=str(built.get("fingerprint", "")),
+        source_digest=str(source.get("digest", "")),
+        source_nbytes=int(source.get("size", 0)),
+        source_path=str(built.get("path", "")),
+        recipe=str(built.get("recipe", "")),
+        tensors=len(header.slots),
+        created_s=float(built.get("created", used_s)),
+        used_s=used_s,
+        hits=0,
+        build_s=float(built.get("seconds", 0.0)),
+        checked_s=0.0,
+    )

@@ -1,0 +1,479 @@
+"""Own what a caller gets: load() and Model, the lazy, layered mapping from names to tensors.
+
+Each file of a checkpoint is a shard: served from a stored entry (a hit) or from a build that is under way (a miss). A
+stored tensor whose digest is wrong turns its shard from the one into the other, before anybody saw a byte of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantcache.cache.blobs import StagedEntry, StoredEntry
+from quantcache.cache.key import Stamp, canonical, digest, fingerprint
+from quantcache.cache.settings import resolve
+from quantcache.cache.store import Cache
+from quantcache.errors import CacheError, QuantcacheWarning, UsageError
+from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads, source_digest
+from quantcache.loader.plan import key_document, layer_key, native_names, plan
+from quantcache.loader.recipe import Recipe
+from quantcache.loader.source import Source, open_checkpoint
+from quantcache.quant.codec import codec
+from quantcache.tensor import QuantTensor, TensorInfo, array_dtype
+
+__all__ = ["Model", "TensorReport", "load"]
+
+Array = NDArray[Any]
+Tensor = QuantTensor | Array
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """Say what became of one tensor: codec id, "keep" or "native", and why if it is not quantized."""
+
+    name: str
+    codec: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    source_nbytes: int
+    reason: str
+
+
+class _Shard:
+    """Serve one file. `entry` or `build` is set, or neither if all its tensors pass through."""
+
+    def __init__(self, source: Source, recipe: Recipe) -> None:
+        self.source, self.recipe = source, recipe
+        self.native = {info.name: info for info in native_names(source.tensors.values(), recipe)}
+        self.entry: StoredEntry | None = None
+        self.records: dict[str, dict[str, Any]] = {}
+        self.build: Build | None = None
+        self.pipeline: Pipeline | None = None
+        self.checked: set[str] = set()
+
+    def serve(self, entry: StoredEntry) -> None:
+        self.entry = entry
+        self.records = {record["name"]: record for record in entry.header.records}
+
+    def names(self) -> list[str]:
+        stored = list(self.records) if self.entry else [job.info.name for job in self.build.jobs] if self.build else []
+        return [*stored, *self.native]
+
+
+class Model(Mapping[str, Tensor]):
+    """Map tensor names to tensors, in layer order. Close it, or use it in a `with`.
+
+    Attributes:
+        hit: True if nothing had to be quantized.
+        path: as given to `load`.
+    """
+
+    def __init__(self, path: Path, shards: list[_Shard], cache: Cache | None, options: _Options, *, own: bool) -> None:
+        self.path = path
+        self._shards, self._cache, self._options, self._own_cache = shards, cache, options, own
+        self._pipelines: list[Pipeline] = []
+        builds = [shard.build for shard in shards if shard.build]
+        self.hit = not builds
+        if builds:
+            pipeline = Pipeline(builds, threads=options.threads, progress=options.progress)
+            self._pipelines.append(pipeline)
+            for shard in shards:
+                shard.pipeline = pipeline if shard.build else None
+        self._home = {name: shard for shard in shards for name in shard.names()}
+        self._names = sorted(self._home, key=layer_key)
+        self._given: dict[str, Tensor] = {}
+        self._closed = False
+        _open_models.add(self)
+
+    # a model is itself, whatever it holds: comparing all tensors would read the whole file
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    # ---- the mapping ----
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over names, by layer."""
+        return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is such a tensor; touches nothing."""
+        return name in self._home
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor: read-only views, checked the first time; on a miss, as soon as it is quantized.
+
+        Raises:
+            KeyError: there is no such tensor.
+            SourceError: the checkpoint failed while it was read.
+        """
+        shard = self._home[name]
+        if name not in self._given:
+            self._given[name] = self._make(shard, name)
+        return self._given[name]
+
+    def _make(self, shard: _Shard, name: str) -> Tensor:
+        if name in shard.native:
+            return _native(shard.source, shard.native[name])
+        if shard.entry is not None:
+            record, entry = shard.records[name], shard.entry
+            keys = list(record["parts"].values())
+            if self._options.verify == "off" or self._intact(shard, entry, keys):
+                return _tensor(record, {key: _array(entry, key) for key in keys})
+            self._rebuild(shard, f"tensor {name!r} is not what was stored")
+        assert shard.build is not None and shard.pipeline is not None  # noqa: S101 - a shard serves from one or the other
+        task = shard.pipeline.wait_for(shard.build, name)
+        arrays = {}
+        for slot in task.job.slots:
+            raw = np.frombuffer(task.target.view(slot.key), np.uint8) if slot.nbytes else np.empty(0, np.uint8)
+            arrays[slot.key] = raw.view(array_dtype(slot.dtype)).reshape(slot.shape)
+        return _tensor(task.job.record(), arrays)
+
+    def _intact(self, shard: _Shard, entry: StoredEntry, keys: list[str]) -> bool:
+        for key in keys:
+            if key not in shard.checked:
+                if not entry.intact(key):
+                    return False
+                shard.checked.add(key)
+        return True
+
+    def _rebuild(self, shard: _Shard, why: str) -> None:
+        """Quarantine a shard's entry and build it again; what was handed out before stays as it is, and was right."""
+        entry = shard.entry
+        assert entry is not None  # noqa: S101
+        if self._cache is not None:
+            self._cache.damaged(entry.key, why)
+        shard.entry = None
+        _start(shard, self._cache, self._options, time.time_ns())
+        if shard.entry is None and shard.build is not None:
+            shard.pipeline = Pipeline([shard.build], threads=self._options.threads, progress=self._options.progress)
+            self._pipelines.append(shard.pipeline)
+            self.hit = False
+        elif shard.entry is not None:
+            shard.checked.clear()
+
+    def layers(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the tensors of one layer after the other: embeddings, numbered layers, the rest.
+
+        The first is usable before later ones are ready.
+        """
+        layers: dict[tuple[int, str, int], list[str]] = {}
+        for name in self._names:
+            layers.setdefault(layer_key(name), []).append(name)
+        for names in layers.values():
+            yield {name: self[name] for name in names}
+
+    # ---- what it is ----
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are handed out; waits for a build."""
+        return sum(report.nbytes for report in self.report())
+
+    def report(self) -> list[TensorReport]:
+        """Return what became of every tensor; waits for a build."""
+        reports = []
+        for name in self._names:
+            shard = self._home[name]
+            if name in shard.native:
+                info = shard.native[name]
+                reason = shard.recipe.decide(info).reason
+                reports.append(TensorReport(name, "native", info.dtype, info.shape, info.nbytes, info.nbytes, reason))
+                continue
+            if shard.entry is not None:
+                record = shard.records[name]
+                nbytes = sum(shard.entry.header.slots[key].nbytes for key in record["parts"].values())
+            else:
+                assert shard.build is not None and shard.pipeline is not None  # noqa: S101
+                task = shard.pipeline.wait_for(shard.build, name)
+                record, nbytes = task.job.record(), sum(slot.nbytes for slot in task.job.slots)
+            source_nbytes = shard.source.tensors[name].nbytes if name in shard.source.tensors else 0
+            shape = tuple(record["shape"])
+            reports.append(
+                TensorReport(name, record["codec"], record["dtype"], shape, nbytes, source_nbytes, record.get("reason", ""))
+            )
+        return reports
+
+    @property
+    def keys_in_store(self) -> list[str]:
+        """Keys of the entries that serve this model; complete once it is closed."""
+        entries = [shard.entry or (shard.build.entry if shard.build else None) for shard in self._shards]
+        return [entry.key for entry in entries if entry is not None]
+
+    # ---- the end ----
+
+    def finish(self) -> None:
+        """Wait until everything is quantized and stored.
+
+        Raises:
+            SourceError: the checkpoint failed while it was read.
+        """
+        for pipeline in self._pipelines:
+            pipeline.finish()
+
+    def close(self) -> None:
+        """Wait until what was quantized is stored; tensors handed out stay valid.
+
+        Raises:
+            SourceError: the checkpoint failed while it was read.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        _open_models.discard(self)
+        try:
+            self.finish()
+            if self._cache is not None and self.keys_in_store:
+                self._cache.record_model(self.path.resolve(), self._options.recipe.label, self.keys_in_store)
+        finally:
+            self._end()
+
+    def cancel(self) -> None:
+        """Stop quantizing; nothing unfinished stays in the store."""
+        self._closed = True
+        _open_models.discard(self)
+        for pipeline in self._pipelines:
+            pipeline.cancel()
+        self._end()
+
+    def _end(self) -> None:
+        if self._cache is not None and self._own_cache:
+            self._cache.close()
+
+    def __enter__(self) -> Model:
+        """Return the model itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close; after Ctrl-C, cancel; after another error, close without hiding it."""
+        if kind is not None and not issubclass(kind, Exception):
+            self.cancel()
+        elif kind is not None:
+            with contextlib.suppress(Exception):
+                self.close()
+        else:
+            self.close()
+
+
+_open_models: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Save what a program did not close; after Ctrl-C, just clean up."""
+    interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)
+    for model in list(_open_models):
+        with contextlib.suppress(Exception):
+            if interrupted:
+                model.cancel()
+            else:
+                model.close()
+
+
+@dataclass(frozen=True)
+class _Options:
+    recipe: Recipe
+    mode: str
+    verify: str
+    threads: int
+    progress: Callable[[Progress], Any] | None
+
+
+def load(
+    path: str | os.PathLike[str],
+    quant: str | Recipe = "nf4",
+    *,
+    lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    rules: Sequence[tuple[str, str] | tuple[str, str, float]] = (),
+    other: str = "f16",
+    native: str = "keep",
+    cache: Cache | str | os.PathLike[str] | None = None,
+    mode: str | None = None,
+    verify: str | None = None,
+    threads: int | None = None,
+    progress: Callable[[Progress], Any] | None = None,
+) -> Model:
+    """Load a checkpoint, quantized: from the store if it is there, else quantized now and stored.
+
+    Args:
+        path: a .safetensors, .st or .gguf file, a sharded folder, a hub snapshot.
+        quant: "int8", "nf4", "nf4-dq", "int8-row", "f16", "native", or a Recipe.
+        lora: adapters; not in this version.
+        include, exclude: name patterns of the default recipe.
+        rules: (pattern, codec) or (pattern, codec, factor), before the default ones.
+        other: what becomes of weights that are not quantized: "f16" or "keep".
+        native: GGUF blocks pass through ("keep") or become the target's ("convert").
+        cache: a Cache, a folder, or None for the user's own.
+        mode: "auto", "off" (never look, never store), "readonly" or "refresh"; the setting if None.
+        verify: digests are checked when a tensor is first "touch"ed, all on "open", or never: "off".
+        threads: 0 is one per core; the setting if None.
+        progress: called with Progress from a worker; returning False cancels.
+
+    Returns:
+        A Model, as soon as the plan is made.
+
+    Raises:
+        SourceError: the checkpoint is missing or cannot be read.
+        UsageError: an argument cannot be meant.
+    """
+    if lora:
+        raise UsageError("lora= is not in this version yet", hint="merge the adapter into the checkpoint first")
+    settings = {
+        name: setting.value for name, setting in resolve({"mode": mode, "verify": verify, "threads": threads}).items()
+    }
+    recipe = Recipe.of(quant, include=include, exclude=exclude, other=other, native=native, rules=rules)
+    options = _Options(recipe, settings["mode"], settings["verify"], settings["threads"], progress)
+    seen_ns = time.time_ns()
+    sources = open_checkpoint(path)
+    store, own = _open_cache(cache, options.mode)
+    shards = []
+    try:
+        for source in sources:
+            shard = _Shard(source, recipe)
+            shards.append(shard)
+            _start(shard, store, options, seen_ns)
+    except BaseException:
+        for shard in shards:
+            if shard.build is not None:
+                if shard.build.staged is not None:
+                    shard.build.staged.discard()
+                if shard.build.release is not None:
+                    shard.build.release()
+        raise
+    model = Model(Path(path), shards, store, options, own=own)
+    for shard in shards:
+        if shard.entry is not None and store is not None:
+            store.used(shard.entry, saved_s=float(shard.entry.header.built.get("seconds", 0.0)))
+    return model
+
+
+def _open_cache(cache: Cache | str | os.PathLike[str] | None, mode: str) -> tuple[Cache | None, bool]:
+    """Return the store, or None with one warning if there is none to be had; and whether it is ours to close."""
+    if isinstance(cache, Cache):
+        return (None if mode == "off" else cache), False
+    if mode == "off":
+        return None, False
+    try:
+        return Cache(cache, readonly=mode == "readonly"), True
+    except CacheError as error:
+        if mode != "readonly":
+            warnings.warn(f"loading without a cache: {error.message}", QuantcacheWarning, stacklevel=3)
+        return None, False
+
+
+def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) -> None:
+    """Give a shard its entry, or the build that makes it."""
+    source, recipe = shard.source, shard.recipe
+    if all(name in shard.native for name in source.tensors):
+        return
+    stamp = Stamp.of(source.file.stat)
+    found: str | None = None
+    release: Callable[[], None] | None = None
+    staged: StagedEntry | None = None
+    jobs = None
+    if cache is not None:
+        mark = fingerprint(source.file.memory)
+        found = _look(shard, cache, options, stamp, mark, seen_ns)
+        if shard.entry is not None:
+            return
+        if options.mode != "readonly" and not cache.readonly:
+            name = digest(canonical([mark, recipe.canonical(), recipe.codecs()]).encode()).hex()
+            try:
+                release = cache.acquire(name)
+                found = _look(shard, cache, options, stamp, mark, seen_ns) or found
+                if shard.entry is not None:
+                    release()
+                    return
+                jobs = plan(source, recipe)
+                staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
+            except CacheError as error:
+                _unsaved(source, error)
+            except BaseException:
+                if release:
+                    release()
+                raise
+        else:
+            _unsaved(source, CacheError("the store is read-only"), quiet=options.mode == "readonly")
+    if jobs is None:
+        jobs = plan(source, recipe)
+    shard.build = Build(source, recipe, jobs, cache if staged else None, staged, found, release, stamp, seen_ns)
+
+
+def _look(shard: _Shard, cache: Cache, options: _Options, stamp: Stamp, mark: str, seen_ns: int) -> str | None:
+    """Find the shard's entry; return the source's digest if it had to be known for that."""
+    source = shard.source
+    found = cache.source_digest(stamp)
+    if found is None and cache.knows(mark):
+        found = source_digest(source, options.threads or default_threads())
+        if not source.file.changed():
+            cache.record_source(stamp, found, source.path.resolve(), seen_ns)
+    if found is None or options.mode == "refresh":
+        return found
+    entry = cache.find(key_document(shard.recipe, found, source.file.nbytes))
+    if entry is not None and options.verify == "open":
+        with ThreadPoolExecutor(options.threads or default_threads()) as pool:
+            wrong = [key for key, fine in zip(entry.header.slots, pool.map(entry.intact, entry.header.slots), strict=True) if not fine]
+        if wrong:
+            cache.damaged(entry.key, f"tensor {wrong[0]!r} is not what was stored")
+            return found
+        shard.checked = set(entry.header.slots)
+    if entry is not None:
+        shard.serve(entry)
+    return found
+
+
+def _unsaved(source: Source, error: CacheError, *, quiet: bool = False) -> None:
+    if not quiet:
+        warnings.warn(f"{source.path.name} is loaded but not saved: {error.message}", QuantcacheWarning, stacklevel=4)
+
+
+def _array(entry: StoredEntry, key: str) -> Array:
+    slot = entry.header.slots[key]
+    if not slot.nbytes:
+        return np.empty(slot.shape, array_dtype(slot.dtype))
+    return np.frombuffer(entry.view(key), np.uint8).view(array_dtype(slot.dtype)).reshape(slot.shape)
+
+
+def _tensor(record: Mapping[str, Any], arrays: Mapping[str, Array]) -> Tensor:
+    """Return what a caller gets: an array for plain weights, else a QuantTensor."""
+    parts = {name: arrays[key] for name, key in record["parts"].items()}
+    if record["codec"] in ("keep", "f16"):
+        values = parts["values"]
+        values.flags.writeable = False
+        return values
+    return QuantTensor(record["codec"], tuple(record["shape"]), parts, codec(record["codec"]).dequantize)
+
+
+def _native(source: Source, info: TensorInfo) -> Tensor:
+    if not info.is_block:
+        return source.view(info.name)
+
+    def decode(parts: Mapping[str, Array], shape: tuple[int, ...], dtype: str, out: Array | None) -> Array:
+        import gguf.quants  # the decoders of the format's own package
+
+        decoded = gguf.quants.dequantize(parts["blocks"], gguf.GGMLQuantizationType[info.dtype]).reshape(shape)
+        if out is None:
+            return decoded.astype(array_dtype(dtype))
+        out[...] = decoded
+        return out
+
+    return QuantTensor(info.dtype, info.shape, {"blocks": source.view(info.name)}, decode)

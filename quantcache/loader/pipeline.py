@@ -1,0 +1,448 @@
+"""Own the work of a miss: tiles from sources through codecs into staged entries, on a bounded pool of threads.
+
+One pipeline serves all files of a checkpoint. The tensor that a caller waits for goes first, the rest in layer order;
+between them the source's digest is taken, so that the disk is read once. A worker's buffers are reused. What the store
+refuses lands in memory, with one warning. Knows no hit and no caller's types.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+import quantcache
+from quantcache.cache.blobs import StagedEntry, StoredEntry
+from quantcache.cache.container import Slot
+from quantcache.cache.key import CHUNK, Stamp, combine, digest, fingerprint
+from quantcache.cache.store import Cache
+from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, SourceError, shorten
+from quantcache.loader.plan import Job, key_document
+from quantcache.loader.recipe import Recipe
+from quantcache.loader.source import Source
+from quantcache.quant import native
+from quantcache.quant.codec import Scratch, Status
+from quantcache.tensor import ITEMSIZE, TensorInfo, array_dtype
+
+__all__ = ["Build", "Cancelled", "Pipeline", "Progress", "default_threads", "source_digest"]
+
+Array = NDArray[Any]
+#: Memory of a worker is about 12 MB: at most this many stay within the bound of 256 MiB.
+MAX_THREADS = 16
+
+
+class Cancelled(QuantcacheError):  # noqa: N818 - not a failure
+    """Say that the caller stopped the load."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Say how far a build is: bytes of the source, tensors, and what is being done."""
+
+    done_nbytes: int
+    total_nbytes: int
+    done_tensors: int
+    total_tensors: int
+    phase: str
+
+
+class _Target(Protocol):
+    def write(self, key: str, position: int, buffer: Any) -> None: ...
+    def view(self, key: str) -> memoryview: ...
+
+
+class _Memory:
+    """Take the tensors that the store does not."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Array] = {}
+
+    def add(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            self._arrays[slot.key] = np.empty(slot.nbytes, np.uint8)
+
+    def write(self, key: str, position: int, buffer: Any) -> None:
+        view = np.frombuffer(buffer, np.uint8)
+        self._arrays[key][position : position + view.size] = view
+
+    def view(self, key: str) -> memoryview:
+        return memoryview(self._arrays[key]).toreadonly()
+
+
+def default_threads() -> int:
+    """Return one thread per core that this process may use, at most MAX_THREADS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, MAX_THREADS))
+
+
+def source_digest(source: Source, threads: int) -> str:
+    """Return the digest of a whole source file, on several cores."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    starts = range(0, source.file.nbytes, CHUNK)
+    with ThreadPoolExecutor(threads) as pool:
+        return combine(list(pool.map(lambda start: _chunk_digest(source, start), starts)), source.file.nbytes)
+
+
+def _chunk_digest(source: Source, start: int) -> bytes:
+    end = min(start + CHUNK, source.file.nbytes)
+    source.file.populate(start, end - start)
+    return digest(source.file.memory[start:end])
+
+
+class _Task:
+    """A job under way. All fields but `job` are guarded by the pipeline's lock."""
+
+    def __init__(self, build: Build, job: Job, target: _Target) -> None:
+        self.build, self.job, self.target = build, job, target
+        self.waiting: deque[int] = deque(job.tiles)
+        self.active = 0
+        self.done = False
+        self.refused: Status | CacheError | None = None
+        self.error: BaseException | None = None
+
+
+@dataclass
+class Build:
+    """Hold the build of one source file.
+
+    Args:
+        source, recipe, jobs: what to do.
+        cache, staged: where it goes; None for memory.
+        digest: of the source, if it is known already.
+        release: gives the lock of the build back.
+        fingerprint, stamp, seen_ns: of the source.
+    """
+
+    source: Source
+    recipe: Recipe
+    jobs: list[Job]
+    cache: Cache | None
+    staged: StagedEntry | None
+    digest: str | None
+    release: Callable[[], None] | None
+    stamp: Stamp
+    seen_ns: int
+    tasks: dict[str, _Task] = field(default_factory=dict)
+    entry: StoredEntry | None = None
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        """Prepare the tasks."""
+        self.memory = _Memory()
+        self.started_s = time.monotonic()
+        self.left = len(self.jobs)
+        chunks = range(0, self.source.file.nbytes, CHUNK) if self.staged is not None and self.digest is None else range(0)
+        self.chunk_starts: deque[int] = deque(chunks)
+        self.chunk_digests: list[bytes | None] = [None] * len(chunks)
+        self.chunks_left = len(chunks)
+        for job in self.jobs:
+            if self.staged is None:
+                self.memory.add(job.slots)
+            self.tasks[job.info.name] = _Task(self, job, self.staged or self.memory)
+
+
+class Pipeline:
+    """Run builds on a pool of daemon threads.
+
+    Args:
+        builds: in order.
+        threads: how many; 0 means one per core.
+        progress: called with Progress now and then, from a worker; a false value other than None cancels.
+    """
+
+    def __init__(
+        self, builds: list[Build], *, threads: int = 0, progress: Callable[[Progress], Any] | None = None
+    ) -> None:
+        self.builds = builds
+        self._progress, self._told_s = progress, 0.0
+        self._changed = threading.Condition()
+        self._urgent: deque[_Task] = deque()
+        self._cancelled = False
+        self._queue = deque(task for build in builds for task in build.tasks.values())
+        self._total = sum(task.job.info.nbytes for task in self._queue), len(self._queue)
+        self._done_nbytes = self._done_tensors = 0
+        self.failure: BaseException | None = None
+        for build in builds:
+            if not build.jobs:
+                build.left = 0
+        self._open = sum(1 for _ in builds)
+        count = min(threads or default_threads(), MAX_THREADS)
+        self._threads = [threading.Thread(target=self._work, name=f"quantcache-{n}", daemon=True) for n in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    # ---- for callers ----
+
+    def wait_for(self, build: Build, name: str) -> _Task:
+        """Return a finished task, doing it next.
+
+        Raises:
+            SourceError, Cancelled: why it cannot be finished.
+        """
+        task = build.tasks[name]
+        with self._changed:
+            if not task.done:
+                self._urgent.append(task)
+                self._changed.notify_all()
+            while not task.done and task.error is None and self.failure is None and not self._cancelled:
+                self._changed.wait(0.2)
+            if task.done:
+                return task
+            raise task.error or self.failure or Cancelled("the load was stopped")
+
+    def finish(self) -> None:
+        """Wait until everything is quantized and published.
+
+        Raises:
+            SourceError: a source failed.
+        """
+        with self._changed:
+            while self._open and self.failure is None and not self._cancelled:
+                self._changed.wait(0.2)
+        if self.failure is not None:
+            self.cancel()
+            raise self.failure
+
+    def cancel(self) -> None:
+        """Stop after the tiles under way; unpublished files are removed."""
+        with self._changed:
+            self._cancelled = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        for build in self.builds:
+            self._drop(build)
+
+    # ---- workers ----
+
+    def _work(self) -> None:
+        scratch = Scratch()
+        while True:
+            step = self._next()
+            if step is None:
+                return
+            try:
+                step(scratch)
+            except BaseException as error:  # noqa: BLE001 - it is handed to whoever asks
+                with self._changed:
+                    self.failure = self.failure or error
+                    self._changed.notify_all()
+                return
+
+    def _next(self) -> Callable[[Scratch], None] | None:
+        """Return the next piece of work: an urgent tile, a piece of a digest that is due, a tile, a publication."""
+        with self._changed:
+            while True:
+                if self._cancelled or self.failure is not None or not self._open:
+                    return None
+                for queue in (self._urgent, self._queue):
+                    while queue and not queue[0].waiting:
+                        queue.popleft()
+                    if queue:
+                        task = queue[0]
+                        start = task.waiting.popleft()
+                        task.active += 1
+                        return lambda scratch, task=task, start=start: self._tile(task, start, scratch)  # type: ignore[misc]
+                for build in self.builds:
+                    if build.chunk_starts:
+                        first = build.chunk_starts.popleft()
+                        return lambda _, build=build, first=first: self._chunk(build, first)  # type: ignore[misc]
+                for build in self.builds:
+                    if build.left == 0 and build.chunks_left == 0 and not build.published:
+                        build.published = True
+                        return lambda _, build=build: self._publish(build)  # type: ignore[misc]
+                self._changed.wait(0.5)
+
+    def _tile(self, task: _Task, start: int, scratch: Scratch) -> None:
+        job, build = task.job, task.build
+        try:
+            if task.refused is None:
+                status = _encode(build.source, job, start, scratch, task.target)
+                if status != Status.OK:
+                    task.refused = status
+        except CacheError as error:
+            task.refused = error
+        except SourceError as error:
+            task.error = error
+            raise
+        with self._changed:
+            task.active -= 1
+            if task.refused is not None:
+                task.waiting.clear()
+            last = task.active == 0 and not task.waiting and not task.done
+        if last:
+            self._settle(task)
+        self._tell(min(job.tile, max(0, job.size - start)) * job.info.nbytes // max(1, job.size), "quantize")
+
+    def _settle(self, task: _Task) -> None:
+        """Finish a task whose tiles are all through, or start it again the way its values or the store demand."""
+        job, build = task.job, task.build
+        refused = task.refused
+        try:
+            if refused is None and job.encoder is not None:
+                for name, array in job.encoder.finish().items():
+                    task.target.write(job.parts[name], 0, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            elif isinstance(refused, Status):
+                task.job = job.after(refused)
+                if task.job.decision.codec == "keep":
+                    _warn(f"{build.source.path.name}: tensor {shorten(job.info.name)} is kept as {job.info.dtype}: "
+                          f"{task.job.decision.reason}")  # fmt: skip
+                if isinstance(task.target, StagedEntry):
+                    task.target.replace([slot.key for slot in job.slots], task.job.slots)
+                else:
+                    build.memory.add(task.job.slots)
+        except CacheError as error:
+            refused = error
+        if isinstance(refused, CacheError):
+            self._unsaved(build, refused)
+            build.memory.add(task.job.slots)
+            task.job, task.target = Job(task.job.info, task.job.decision, job.layer, task.job.variant), build.memory
+        with self._changed:
+            if refused is None:
+                task.done = True
+                build.left -= 1
+                self._done_tensors += 1
+            else:
+                task.refused = None
+                task.waiting = deque(task.job.tiles)
+                self._urgent.append(task)
+            self._changed.notify_all()
+
+    def _unsaved(self, build: Build, error: CacheError) -> None:
+        """Go on in memory after the store failed; say so once."""
+        with self._changed:
+            cache, build.cache = build.cache, None
+            for task in build.tasks.values():
+                if not task.done and not task.active and task.target is build.staged:
+                    task.target = build.memory
+                    build.memory.add(task.job.slots)
+        if cache is not None:
+            _warn(f"{build.source.path.name} is loaded but not saved: {error.message}")
+
+    def _chunk(self, build: Build, start: int) -> None:
+        found = _chunk_digest(build.source, start)
+        with self._changed:
+            build.chunk_digests[start // CHUNK] = found
+            build.chunks_left -= 1
+            self._changed.notify_all()
+
+    def _publish(self, build: Build) -> None:
+        try:
+            if build.cache is not None and build.staged is not None:
+                self._tell(0, "write")
+                self._store(build, build.cache, build.staged)
+        except CacheError as error:
+            self._unsaved(build, error)
+        finally:
+            self._drop(build)
+            with self._changed:
+                self._open -= 1
+                self._changed.notify_all()
+
+    def _store(self, build: Build, cache: Cache, staged: StagedEntry) -> None:
+        source = build.source
+        if source.file.changed():
+            raise CacheError(f"{source.path} changed while it was read")
+        found = build.digest or combine([d for d in build.chunk_digests if d is not None], source.file.nbytes)
+        seconds = time.monotonic() - build.started_s
+        built = {
+            "path": str(source.path.resolve()),
+            "created": time.time(),
+            "seconds": round(seconds, 3),
+            "fingerprint": fingerprint(source.file.memory),
+            "recipe": build.recipe.label,
+            "format": source.format,
+            "kernel": native.level(),
+            "version": quantcache.__version__,
+        }
+        document = key_document(build.recipe, found, source.file.nbytes)
+        records = [build.tasks[job.info.name].job.record() for job in build.jobs]
+        build.entry = cache.publish(staged, document=document, records=records, built=built)
+        cache.record_source(build.stamp, found, source.path.resolve(), build.seen_ns)
+        cache.tally(misses=1, bytes_built=build.entry.header.nbytes, seconds_building=seconds)
+        cache.flush()
+
+    def _drop(self, build: Build) -> None:
+        """Let go of the temp file and the lock."""
+        if build.staged is not None and build.entry is None:
+            build.staged.discard()
+        release, build.release = build.release, None
+        if release:
+            with contextlib.suppress(Exception):
+                release()
+
+    def _tell(self, nbytes: int, phase: str) -> None:
+        with self._changed:
+            self._done_nbytes += nbytes
+            now = time.monotonic()
+            if self._progress is None or (now - self._told_s < 0.1 and self._done_tensors < self._total[1]):
+                return
+            self._told_s = now
+            report = Progress(self._done_nbytes, self._total[0], self._done_tensors, self._total[1], phase)
+        wanted = self._progress(report)
+        if wanted is not None and not wanted:
+            with self._changed:
+                self._cancelled = True
+                self._changed.notify_all()
+
+
+def _encode(source: Source, job: Job, start: int, scratch: Scratch, target: _Target) -> Status:
+    """Read, quantize and write one tile."""
+    info = job.info
+    stop = min(start + job.tile, job.size)
+    if stop <= start:  # an empty tensor
+        return Status.OK
+    if job.encoder is None:
+        first, nbytes = start * ITEMSIZE[info.dtype], (stop - start) * ITEMSIZE[info.dtype]
+        source.file.populate(info.offset + first, nbytes)
+        target.write(info.name, first, source.raw(info)[first : first + nbytes])
+        return Status.OK
+    status, arrays = job.encoder.encode(_weights(source, info, job, start, stop), start, scratch)
+    if status == Status.OK:
+        for part in job.encoder.parts:
+            if part.weights:
+                position = start // part.weights * ITEMSIZE[part.dtype]
+                target.write(part.key, position, arrays[part.name].view(np.uint8))
+    return status
+
+
+def _weights(source: Source, info: TensorInfo, job: Job, start: int, stop: int) -> Array:
+    """Return flat weights as the job's encoder wants them; a view of the mapped file where that is possible."""
+    raw = source.raw(info)
+    if info.is_block:
+        import gguf.quants  # the decoders of the format's own package, one tile at a time
+
+        kind = gguf.GGMLQuantizationType[info.dtype]
+        block, block_nbytes = gguf.GGML_QUANT_SIZES[kind]
+        piece = raw[start // block * block_nbytes : stop // block * block_nbytes]
+        source.file.populate(info.offset + start // block * block_nbytes, piece.size)
+        values: Array = gguf.quants.dequantize(piece.reshape(1, -1), kind).reshape(-1)
+    else:
+        itemsize = ITEMSIZE[info.dtype]
+        piece = raw[start * itemsize : stop * itemsize]
+        source.file.populate(info.offset + start * itemsize, piece.size)
+        values = piece.view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype))
+    if job.element == info.dtype:
+        return values
+    if info.dtype == "BF16":
+        values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        scaled: Array = np.ldexp(values.astype(np.float32), job.decision.exponent)
+    return scaled
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, QuantcacheWarning, stacklevel=2)

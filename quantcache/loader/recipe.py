@@ -1,0 +1,178 @@
+"""Own which tensor becomes what: ordered rules, and their canonical form for the key. Knows names and shapes, no values."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantcache.errors import UsageError
+from quantcache.quant.codec import codec, codec_ids
+from quantcache.tensor import TensorInfo
+
+__all__ = ["DEFAULT_EXCLUDE", "DEFAULT_INCLUDE", "Decision", "Recipe", "Rule"]
+
+#: What the default recipe quantizes: names that match, if they are matrices of at least MIN_ELEMENTS.
+DEFAULT_INCLUDE = ("*.weight",)
+#: Embeddings and output heads, of Hugging Face, RWKV, GPT-2 and GGUF names.
+DEFAULT_EXCLUDE = (
+    "*embed*", "*emb.weight", "*wte*", "*wpe*", "lm_head*", "head.weight", "output.weight", "*embeddings*", "token_embd*",
+)  # fmt: skip
+MIN_ELEMENTS = 4096
+
+OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Say what becomes of the tensors whose name matches.
+
+    Args:
+        pattern: as in fnmatch, case-sensitive, against the whole name.
+        codec: a codec's id; "other" for what the recipe does with the rest; "keep" for the source's own type.
+        exponent: weights are multiplied by 2**exponent before they are quantized.
+    """
+
+    pattern: str
+    codec: str
+    exponent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Say what becomes of one tensor: a codec's id, "keep" (its own bytes) or "native" (a view of the source)."""
+
+    codec: str
+    exponent: int = 0
+    reason: str = ""
+
+
+class Recipe:
+    """Decide for every tensor; the first rule that matches counts.
+
+    Args:
+        rules: (pattern, codec) or (pattern, codec, factor); the factor a power of two.
+        other: what becomes of float tensors that no rule quantizes: "f16", "keep" (a copy in the store), or
+            "native" (a view of the source, for integers too).
+        native: what becomes of GGUF blocks: "keep" passes them through unless the target is smaller,
+            "convert" leaves none.
+        label: how listings call it.
+
+    Raises:
+        UsageError: an unknown codec, or a factor that is no power of two.
+    """
+
+    def __init__(
+        self,
+        rules: Iterable[Rule | tuple[str, str] | tuple[str, str, float]],
+        *,
+        other: str = "f16",
+        native: str = "keep",
+        label: str = "",
+    ) -> None:
+        self.rules = tuple(rule if isinstance(rule, Rule) else _rule(rule) for rule in rules)
+        for rule in self.rules:
+            if rule.codec not in (OTHER, "keep", *codec_ids()):
+                codec(rule.codec)  # raises, with the list
+        if other not in ("f16", "keep", "native"):
+            raise UsageError(f"other={other!r}: it is 'f16', 'keep' or 'native'")
+        if native not in ("keep", "convert"):
+            raise UsageError(f"native={native!r}: it is 'keep' or 'convert'")
+        self.other, self.native = other, native
+        used = [rule.codec for rule in self.rules if rule.codec not in (OTHER, "keep")]
+        self.label = label or "+".join(dict.fromkeys(used)) or "native"
+
+    @classmethod
+    def of(
+        cls,
+        quant: str | Recipe,
+        *,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        other: str = "f16",
+        native: str = "keep",
+        rules: Sequence[Rule | tuple[str, str] | tuple[str, str, float]] = (),
+    ) -> Recipe:
+        """Return the recipe that `load`'s arguments mean.
+
+        Args:
+            quant: a codec's id, "native", or a recipe, which is taken as it is.
+            include, exclude: patterns of the default recipe; the built-in ones if None.
+            other, native: see Recipe.
+            rules: stand before the default ones.
+
+        Raises:
+            UsageError: patterns or rules beside a recipe, or an unknown codec.
+        """
+        if isinstance(quant, Recipe):
+            if include is not None or exclude is not None or rules:
+                raise UsageError("include, exclude and rules make the default recipe; put them into the recipe itself")
+            return quant
+        if quant == "native":
+            return cls(rules, other="native", native="keep", label="" if rules else "native")
+        codec(quant)
+        excluded = [Rule(pattern, OTHER) for pattern in (DEFAULT_EXCLUDE if exclude is None else exclude)]
+        included = [Rule(pattern, quant) for pattern in (DEFAULT_INCLUDE if include is None else include)]
+        return cls([*rules, *excluded, *included], other=other, native=native, label="" if rules else quant)
+
+    def canonical(self) -> dict[str, Any]:
+        """Return what of the recipe belongs in the key."""
+        return {
+            "rules": [[rule.pattern, rule.codec, rule.exponent] for rule in self.rules],
+            "other": self.other,
+            "native": self.native,
+            "min_elements": MIN_ELEMENTS,
+        }
+
+    def codecs(self) -> dict[str, Any]:
+        """Return the version and parameters of every codec that can take part."""
+        used = {rule.codec for rule in self.rules} & set(codec_ids()) | ({"f16"} if self.other == "f16" else set())
+        return {name: {"version": codec(name).version, "parameters": codec(name).parameters()} for name in sorted(used)}
+
+    def decide(self, tensor: TensorInfo) -> Decision:
+        """Decide for one tensor, by its name, type and shape."""
+        rule = next((rule for rule in self.rules if fnmatch.fnmatchcase(tensor.name, rule.pattern)), None)
+        wanted = rule if rule and rule.codec != OTHER else None
+        if tensor.is_block:
+            return self._decide_block(tensor, wanted)
+        if wanted is None and self.other == "native":
+            return Decision("native", reason=f"{tensor.dtype} passes through")
+        if not tensor.is_float:
+            return Decision("keep", reason=f"{tensor.dtype} is not a type of weights")
+        reason = "no rule quantizes it" if wanted is None else ""
+        if wanted is not None and wanted.codec != "keep":
+            if wanted.codec == "f16":
+                return Decision("keep" if tensor.dtype == "F16" and not wanted.exponent else "f16", wanted.exponent)
+            too_small = tensor.size < MIN_ELEMENTS
+            reason = f"fewer than {MIN_ELEMENTS} elements" if too_small else codec(wanted.codec).refuses(tensor.shape) or ""
+            if not reason:
+                return Decision(wanted.codec, wanted.exponent)
+        if wanted is not None and wanted.codec == "keep":
+            return Decision("keep", reason="a rule keeps it")
+        return Decision("f16" if self.other == "f16" and tensor.dtype != "F16" else "keep", reason=reason)
+
+    def _decide_block(self, tensor: TensorInfo, wanted: Rule | None) -> Decision:
+        target = wanted.codec if wanted is not None and wanted.codec != "keep" else None
+        refused = target is not None and (tensor.size < MIN_ELEMENTS or codec(target).refuses(tensor.shape) is not None)
+        if self.native == "convert":
+            return Decision("f16" if target is None or refused else target, wanted.exponent if wanted and not refused else 0)
+        if target is None or refused or wanted is None:
+            return Decision("native", reason=f"{tensor.dtype} passes through")
+        bits = tensor.nbytes * 8 / max(1, tensor.size)
+        if bits <= codec(target).bits_per_weight() + 0.01:
+            return Decision("native", reason=f"{tensor.dtype} is not larger than {target}")
+        return Decision(target, wanted.exponent)
+
+
+def _rule(given: Sequence[Any]) -> Rule:
+    """Turn a tuple into a rule."""
+    if len(given) not in (2, 3) or not all(isinstance(part, str) for part in given[:2]):
+        raise UsageError(f"a rule is (pattern, codec) or (pattern, codec, factor), not {given!r}")
+    if len(given) == 2:
+        return Rule(given[0], given[1])
+    mantissa, exponent = math.frexp(float(given[2]))
+    if mantissa != 0.5 or not -100 <= exponent <= 100:
+        raise UsageError(f"the factor {given[2]} of rule {given[0]!r} is not a power of two")
+    return Rule(given[0], given[1], exponent - 1)

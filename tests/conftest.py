@@ -1,0 +1,41 @@
+"""Own the fixtures that every folder of tests uses: real files, the CPU level, a cache folder of the test's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from quantcache.quant import native
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every test away from the user's own cache; not in tmp_path, which tests hand to the loader as a folder."""
+    monkeypatch.setenv("QUANTCACHE_DIR", str(tmp_path_factory.mktemp("cache") / "quantcache"))
+
+
+@pytest.fixture
+def kernel_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Return a function that switches the CPU level for the rest of the test."""
+
+    def switch(level: str) -> None:
+        monkeypatch.setenv("QUANTCACHE_KERNEL", level)
+        native.level.cache_clear()
+        native.kernel.cache_clear()
+
+    yield switch
+    native.level.cache_clear()
+    native.kernel.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Return the folder of real files, QUANTCACHE_TEST_DATA or ../shared/data beside the checkout."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("QUANTCACHE_TEST_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real files at {folder}: set QUANTCACHE_TEST_DATA")
+    return folder
