@@ -16,7 +16,7 @@ from quantcache import __version__
 from quantcache.cache import settings as settings_of
 from quantcache.cache.index import EntryRow
 from quantcache.cache.store import Cache
-from quantcache.errors import KeyNotFoundError, QuantcacheError, SourceNotFoundError, UsageError
+from quantcache.errors import KeyNotFoundError, QuantcacheError, UsageError
 from quantcache.render import Output, ago, iso, seconds, size
 
 __all__ = ["main"]
@@ -475,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if output.as_json:
             output.document(error={"kind": type(error).__name__, "message": str(error), "hint": error.hint})
         output.problem("error", str(error), error.hint)
-        return SourceNotFoundError.exit_code if isinstance(error, SourceNotFoundError) else error.exit_code
+        return error.exit_code
 
 
 if __name__ == "__main__":

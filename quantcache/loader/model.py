@@ -391,15 +391,15 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
     staged: StagedEntry | None = None
     jobs = None
     if cache is not None:
-        mark = fingerprint(source.file.memory)
-        found = _look(shard, cache, options, stamp, mark, seen_ns)
+        found = _look(shard, cache, options, stamp, seen_ns)
         if shard.entry is not None:
             return
         if options.mode != "readonly" and not cache.readonly:
+            mark = fingerprint(source.file.memory)  # the digest may not be known before the build has taken it
             name = digest(canonical([mark, recipe.canonical(), recipe.codecs()]).encode()).hex()
             try:
                 release = cache.acquire(name)
-                found = _look(shard, cache, options, stamp, mark, seen_ns) or found
+                found = _look(shard, cache, options, stamp, seen_ns) or found
                 if shard.entry is not None:
                     release()
                     return
@@ -418,11 +418,11 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
     shard.build = Build(source, recipe, jobs, cache if staged else None, staged, found, release, stamp, seen_ns)
 
 
-def _look(shard: _Shard, cache: Cache, options: _Options, stamp: Stamp, mark: str, seen_ns: int) -> str | None:
+def _look(shard: _Shard, cache: Cache, options: _Options, stamp: Stamp, seen_ns: int) -> str | None:
     """Find the shard's entry; return the source's digest if it had to be known for that."""
     source = shard.source
     found = cache.source_digest(stamp)
-    if found is None and cache.knows(mark):
+    if found is None and cache.knows(fingerprint(source.file.memory)):
         found = source_digest(source, options.threads or default_threads())
         if not source.file.changed():
             cache.record_source(stamp, found, source.path.resolve(), seen_ns)

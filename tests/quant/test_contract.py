@@ -237,8 +237,10 @@ def test_any_bits(
     codec_id: str, level: str, dtype: np.dtype[Any], kernel_level: Switch, bits: bytes, seed: int
 ) -> None:
     """Weights made of arbitrary bits are coded or refused as the reference does it."""
-    weights = np.frombuffer(bits, dtype)
-    weights = np.random.default_rng(seed).choice(weights[np.isfinite(weights)], (2, 128)) if seed % 4 else weights
+    weights = np.frombuffer(bits, dtype).copy()
+    with np.errstate(invalid="ignore"):
+        if seed % 4:  # most draws hold a NaN or an Inf otherwise, and are refused
+            weights[~np.isfinite(weights)] = seed / 7
     weights = weights.reshape(-1, 128)
     kernel_level("reference")
     expected = _stored(*quantize(codec_id, weights))
@@ -385,12 +387,14 @@ def test_odd_tail(codec_id: str, level: str, dtype: np.dtype[Any], family: str, 
     """A tile that ends inside a block is coded and decoded as the reference does it."""
     for n in LENGTHS:
         name, flat = _flat(_weights(family, (1, n), dtype, n))
-        found = []
+        found: list[tuple[Any, list[bytes]]] = []
         for each in ("reference", level):
             kernel_level(each)
             encoder = codec(codec_id).encoder("X.weight", (1, n), name, "")
             status, arrays = encoder.encode(flat, 0, Scratch())
-            assert status == Status.OK
+            if status != Status.OK:
+                found.append((_stored(status, arrays), []))
+                continue
             arrays = {key: array.copy() for key, array in {**arrays, **encoder.finish()}.items()}
             decoded = [_bits(codec(codec_id).dequantize(arrays, (1, n), out)) for out in OUT]
             found.append((_stored(status, arrays), decoded))

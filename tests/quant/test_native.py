@@ -1,0 +1,117 @@
+"""Hold the choice of the CPU level to QUANTCACHE_KERNEL, and its errors to what they must say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from quantcache.errors import CodecError, KernelError, UsageError
+from quantcache.quant import native
+from quantcache.quant.codec import codec_ids
+
+Switch = Callable[[str], None]
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the compiled kernels be missing."""
+
+    def missing() -> None:
+        raise KernelError("the compiled kernels are not here", hint="build them")
+
+    monkeypatch.setattr(native, "_library", missing)
+    caches = (native.available, native.level, native.kernel)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_available_levels() -> None:
+    """The reference is always there, first, and the compiled levels are known ones without repetition."""
+    found = native.available()
+    assert found[0] == "reference"
+    assert set(found[1:]) <= set(native.LEVELS)
+    assert len(set(found)) == len(found)
+    assert "scalar" in found
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_fastest_level_by_default(value: str, kernel_level: Switch) -> None:
+    """Unset, empty or "auto", the fastest level that runs here is taken."""
+    kernel_level(value)
+    assert native.level() == native.available()[-1] != "reference"
+
+
+@pytest.mark.parametrize("level", native.available())
+def test_named_level(level: str, kernel_level: Switch) -> None:
+    """QUANTCACHE_KERNEL picks any level that runs here."""
+    kernel_level(level)
+    assert native.level() == level
+
+
+@pytest.mark.parametrize("value", ["sse9", "AVX2", " avx2", "fast"])
+def test_unknown_level(value: str, kernel_level: Switch) -> None:
+    """A name that is no level is a usage error that lists the levels."""
+    kernel_level(value)
+    with pytest.raises(UsageError, match="QUANTCACHE_KERNEL") as caught:
+        native.level()
+    assert caught.value.exit_code == 2
+    assert all(name in (caught.value.hint or "") for name in ("auto", "reference", *native.LEVELS))
+
+
+def test_level_of_another_cpu(kernel_level: Switch) -> None:
+    """A level that this CPU cannot run is refused, with those that it can."""
+    absent = next(name for name in native.LEVELS if name not in native.available())  # no CPU has AVX-512 and NEON
+    kernel_level(absent)
+    with pytest.raises(KernelError, match=absent) as caught:
+        native.level()
+    assert "reference" in (caught.value.hint or "")
+
+
+def test_missing_library_is_not_hidden(no_library: None, kernel_level: Switch) -> None:
+    """Without compiled kernels, the default is an error that says so, not a silent fall to the slow reference."""
+    kernel_level("")
+    assert native.available() == ("reference",)
+    with pytest.raises(KernelError, match="compiled kernels"):
+        native.level()
+
+
+def test_reference_needs_no_library(no_library: None, kernel_level: Switch) -> None:
+    """The reference can be asked for where nothing was compiled."""
+    kernel_level("reference")
+    assert native.level() == "reference"
+
+
+@pytest.mark.parametrize("level", native.available()[1:])
+def test_every_codec_has_its_kernels(level: str) -> None:
+    """Every kernel that a codec calls was compiled for every level."""
+    assert codec_ids()
+    for name in (
+        "nf4_quantize", "nf4_dequantize", "nf4_encode_absmax", "nf4_decode_absmax", "f16_cast", "int8_quantize",
+        "int8_dequantize", "int8_row_quantize", "int8_row_dequantize",
+    ):  # fmt: skip
+        assert callable(native.kernel(name, level))
+
+
+def test_unknown_kernel() -> None:
+    """A kernel that was not compiled is named in the error."""
+    with pytest.raises(KernelError, match="qc_nf5_quantize__scalar") as caught:
+        native.kernel("nf5_quantize", "scalar")
+    assert isinstance(caught.value, CodecError)
+    assert caught.value.hint
+
+
+def test_contiguous_copies_only_where_needed() -> None:
+    """An aligned, contiguous array is handed on as it is; a strided or unaligned one is copied."""
+    array = np.arange(8, dtype=np.float32)
+    assert native.contiguous(array) is array
+    assert native.contiguous(array[::2]).tolist() == [0, 2, 4, 6]
+    odd = np.frombuffer(b"\0" + array.tobytes(), np.uint8)[1:].view(np.float32)
+    assert not odd.flags.aligned
+    copied = native.contiguous(odd)
+    assert copied.flags.aligned
+    np.testing.assert_array_equal(copied, array)
