@@ -15,11 +15,15 @@ import numpy as np
 import quantcache as qc
 
 
-def sigmoid(x):
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Return 1 / (1 + exp(-x))."""
     return 1 / (1 + np.exp(-x))
 
 
-def normalize(x, weight, bias, eps=1e-5, heads=1):
+def normalize(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-5, heads: int = 1
+) -> np.ndarray:
+    """Normalize every token, per group of heads."""
     groups = x.reshape(len(x), heads, -1)
     centred = groups - groups.mean(axis=2, keepdims=True)
     return (centred / np.sqrt(groups.var(axis=2, keepdims=True) + eps)).reshape(x.shape) * weight + bias
@@ -29,6 +33,7 @@ def forward(weights: Mapping[str, np.ndarray], tokens: Sequence[int]) -> np.ndar
     """Return float32[vocabulary]: the logits after the last token; layer by layer, all tokens at once."""
     w = {name: np.squeeze(weight).astype(np.float32) for name, weight in weights.items()}
     n_heads, head = weights["blocks.0.att.r_k"].shape
+    first = np.empty(0)
     x = normalize(w["emb.weight"][list(tokens)], w["blocks.0.ln0.weight"], w["blocks.0.ln0.bias"])
     for layer in range(sum(name.endswith(".ffn.x_k") for name in w)):
         block = {name.removeprefix(f"blocks.{layer}."): w[name] for name in w if name.startswith(f"blocks.{layer}.")}
@@ -59,6 +64,7 @@ def forward(weights: Mapping[str, np.ndarray], tokens: Sequence[int]) -> np.ndar
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="an RWKV-7 checkpoint")
     parser.add_argument("--quant", default="f16,int8,nf4", help="codecs, separated by commas")

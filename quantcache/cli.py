@@ -227,7 +227,7 @@ def _info_path(options: argparse.Namespace, output: Output) -> int:
     from quantcache.loader.source import open_checkpoint
 
     recipe = Recipe.of(options.quant)
-    tensors = []
+    tensors: list[dict[str, Any]] = []
     for source in open_checkpoint(options.what):
         for tensor in source.tensors.values():
             decision = recipe.decide(tensor)

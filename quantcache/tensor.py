@@ -50,7 +50,8 @@ def array_dtype(name: str) -> np.dtype[Any]:
     if name in _ML_DTYPES:
         import ml_dtypes  # here: 20 ms that a model without such tensors need not pay
 
-        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
+        return found
     raise UsageError(f"{name!r} is not an element type")
 
 

@@ -62,7 +62,8 @@ def verify(cache: Cache, keys: Iterable[str] | None = None, *, quick: bool = Fal
             cache.checked(key)
     if keys is None:
         present = set(wanted)
-        rows = cache._with_index(lambda index: index.entries(), [])
+        nothing: list[EntryRow] = []
+        rows = cache.index.call(lambda index: index.entries(), nothing)
         findings += [Finding(row.key, "in the index, but there is no file") for row in rows if row.key not in present]
         findings += [Finding(key, "pinned, but there is no file") for key in sorted(cache.pinned() - present)]
     return len(wanted), findings

@@ -17,23 +17,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
-import sqlite3
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from quantcache.cache import policy as policies
 from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale, store_error
 from quantcache.cache.container import Slot
 from quantcache.cache.filesystem import make_private, tree_nbytes
-from quantcache.cache.index import EntryRow, Index, is_damage
+from quantcache.cache.index import EntryRow
 from quantcache.cache.key import CONTAINER_VERSION, Stamp, canonical, key_of
 from quantcache.cache.settings import parse_share, parse_size, resolve
+from quantcache.cache.tolerant import KEY, TolerantIndex, entry_files, row_of
 from quantcache.errors import (
     CacheError,
     CorruptEntryError,
@@ -46,10 +45,8 @@ from quantcache.errors import (
     UsageError,
 )
 
-__all__ = ["Cache", "row_of"]
+__all__ = ["Cache"]
 
-_T = TypeVar("_T")
-_KEY = re.compile(r"[0-9a-f]{32}")
 _USE_INTERVAL_S = 60.0
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Written by quantcache: backups may leave this folder out.\n"
 
@@ -95,7 +92,6 @@ class Cache:
         self.readonly = readonly
         self.folder = self.root / f"v{CONTAINER_VERSION}"
         self._lock = threading.RLock()
-        self._index: Index | None = None
         self._pending: dict[str, int] = {}
         self._counts: dict[str, float] = {}
         if not self.folder.is_dir():
@@ -118,68 +114,13 @@ class Cache:
                 self.readonly = True
             if not os.access(self.folder / "entries", os.W_OK):
                 self.readonly = True
+        self.index = TolerantIndex(self.folder, readonly=self.readonly)
 
-    # ---- the index, which may fail without anybody noticing more than one warning ----
+    # ---- where things are ----
 
-    def _open_index(self) -> Index:
-        path = self.folder / "index.sqlite3"
-        if self.readonly:
-            try:
-                return Index(path, readonly=True)
-            except (sqlite3.Error, StoreTooNewError):
-                return self._scan_into(Index(None))
-        try:
-            fresh = not path.exists()
-            index = Index(path)
-        except StoreTooNewError as error:
-            warnings.warn(f"{error.message}; reading the entries themselves", QuantcacheWarning, stacklevel=2)
-            return self._scan_into(Index(None))
-        except sqlite3.Error as error:
-            if not is_damage(error):
-                raise
-            return self._replace_index(str(error))
-        return self._scan_into(index) if fresh else index
-
-    def _replace_index(self, why: str) -> Index:
-        warnings.warn(f"the index was damaged ({why}) and is rebuilt from the entries", QuantcacheWarning, stacklevel=2)
-        for suffix in ("", "-wal", "-shm"):
-            path = self.folder / f"index.sqlite3{suffix}"
-            if path.exists() and quarantine(path, self.folder / "quarantine") is None:
-                return self._scan_into(Index(None))
-        return self._scan_into(Index(self.folder / "index.sqlite3"))
-
-    def _scan_into(self, index: Index) -> Index:
-        rows = []
-        for path in self.entry_files():
-            with contextlib.suppress(CacheError, OSError):
-                rows.append(row_of(StoredEntry(path.stem, path), path.stat().st_mtime))
-        if rows:
-            index.put(rows)
-        return index
-
-    def _with_index(self, action: Callable[[Index], _T], default: _T) -> _T:
-        with self._lock:
-            for attempt in range(2):
-                try:
-                    if self._index is None:
-                        self._index = self._open_index()
-                    return action(self._index)
-                except sqlite3.Error as error:
-                    if self.readonly:
-                        return default
-                    if not is_damage(error) or attempt:
-                        warnings.warn(f"the index cannot be used: {error}", QuantcacheWarning, stacklevel=3)
-                        return default
-                    if self._index is not None:
-                        self._index.close()
-                    self._index = self._replace_index(str(error))
-            return default
-
-    def entry_files(self) -> Iterator[Path]:
-        """Yield the paths of all entry files."""
-        for path in sorted((self.folder / "entries").glob("??/*.safetensors")):
-            if _KEY.fullmatch(path.stem) and path.parent.name == path.stem[:2]:
-                yield path
+    def entry_files(self) -> list[Path]:
+        """Return the paths of all entry files."""
+        return entry_files(self.folder)
 
     def path_of(self, key: str) -> Path:
         """Return where the entry of a key is, if there is one.
@@ -187,7 +128,7 @@ class Cache:
         Raises:
             UsageError: that is no key; nothing else becomes part of a path.
         """
-        if not _KEY.fullmatch(key):
+        if not KEY.fullmatch(key):
             raise UsageError(f"{key!r} is not a key")
         return self.folder / "entries" / key[:2] / f"{key}.safetensors"
 
@@ -218,7 +159,7 @@ class Cache:
         """Move a damaged entry out of the way and say so."""
         moved = None if self.readonly else quarantine(self.path_of(key), self.folder / "quarantine")
         if moved:
-            self._with_index(lambda index: index.remove([key]), None)
+            self.index.call(lambda index: index.remove([key]), None)
         where = "moved to quarantine" if moved else "left where it is (read-only store)"
         warnings.warn(f"damaged entry {key[:12]} {where}: {why}", QuantcacheWarning, stacklevel=3)
 
@@ -227,9 +168,9 @@ class Cache:
         with self._lock:
             self._pending[entry.key] = self._pending.get(entry.key, 0) + 1
             self.tally(hits=1, bytes_served=entry.header.nbytes, seconds_saved=max(0.0, saved_s))
-            row = self._with_index(lambda index: index.entry(entry.key), None)
+            row = self.index.call(lambda index: index.entry(entry.key), None)
             if row is None and not self.readonly:
-                self._with_index(lambda index: index.put([row_of(entry, time.time())]), None)
+                self.index.call(lambda index: index.put([row_of(entry, time.time())]), None)
             if row is None or time.time() - row.used_s >= _USE_INTERVAL_S:
                 self.flush()
 
@@ -246,29 +187,29 @@ class Cache:
             if self.readonly:
                 return
             if uses:
-                self._with_index(lambda index: index.used(uses, time.time()), None)
+                self.index.call(lambda index: index.used(uses, time.time()), None)
             if counts:
-                self._with_index(lambda index: index.count(counts), None)
+                self.index.call(lambda index: index.count(counts), None)
 
     # ---- sources ----
 
     def source_digest(self, stamp: Stamp) -> str | None:
         """Return a source's digest if stat() says that it is still the file that was digested."""
-        return self._with_index(lambda index: index.source_digest(stamp), None)
+        return self.index.call(lambda index: index.source_digest(stamp), None)
 
     def record_source(self, stamp: Stamp, digest: str, path: Path, seen_ns: int) -> None:
         """Remember a source's digest; `seen_ns` is when the stamp was taken."""
         if not self.readonly:
-            self._with_index(lambda index: index.put_source(stamp, digest, str(path), seen_ns), None)
+            self.index.call(lambda index: index.put_source(stamp, digest, str(path), seen_ns), None)
 
     def knows(self, fingerprint: str) -> bool:
         """Return whether a source with this fingerprint may have an entry."""
-        return self._with_index(lambda index: index.has_fingerprint(fingerprint), True)
+        return self.index.call(lambda index: index.has_fingerprint(fingerprint), True)
 
     def record_model(self, path: Path, recipe: str, keys: list[str]) -> None:
         """Remember which entries make up a checkpoint."""
         if not self.readonly:
-            self._with_index(lambda index: index.put_model(str(path), recipe, keys), None)
+            self.index.call(lambda index: index.put_model(str(path), recipe, keys), None)
 
     # ---- building ----
 
@@ -295,7 +236,7 @@ class Cache:
         """
         import filelock  # here: a hit takes no lock
 
-        if not _KEY.fullmatch(name):
+        if not KEY.fullmatch(name):
             raise UsageError(f"{name!r} is not the name of a lock")
         lock = filelock.FileLock(str(self.folder / "locks" / f"{name}.lock"), thread_local=False)
         try:
@@ -376,7 +317,7 @@ class Cache:
         path = self.path_of(key)
         staged.publish(path, document=document, records=records, built=built)
         entry = StoredEntry(key, path)
-        self._with_index(lambda index: index.put([row_of(entry, time.time())]), None)
+        self.index.call(lambda index: index.put([row_of(entry, time.time())]), None)
         return entry
 
     def get_or_build(self, document: Mapping[str, Any], build: Callable[[Callable[..., StagedEntry]], Any]) -> StoredEntry:
@@ -408,9 +349,17 @@ class Cache:
 
     # ---- looking after it ----
 
+    def _rows(self) -> list[EntryRow]:
+        nothing: list[EntryRow] = []
+        return self.index.call(lambda index: index.entries(), nothing)
+
+    def _counters(self) -> dict[str, float]:
+        nothing: dict[str, float] = {}
+        return self.index.call(lambda index: index.counters(), nothing)
+
     def entries(self) -> list[EntryRow]:
         """Return the rows of all entries whose file is there, most recently used first."""
-        return [row for row in self._with_index(lambda index: index.entries(), []) if self.path_of(row.key).exists()]
+        return [row for row in self._rows() if self.path_of(row.key).exists()]
 
     def lookup(self, key: str) -> EntryRow:
         """Return the one entry whose key starts so.
@@ -427,7 +376,8 @@ class Cache:
 
     def keys_of_model(self, path: Path) -> list[str]:
         """Return the keys that were built for a checkpoint's path."""
-        known = self._with_index(lambda index: index.model_keys(str(path)), [])
+        nothing: list[str] = []
+        known = self.index.call(lambda index: index.model_keys(str(path)), nothing)
         rows = self.entries()
         return [row.key for row in rows if row.key in known or row.source_path == str(path)]
 
@@ -459,7 +409,7 @@ class Cache:
             nbytes = 0
         except OSError as error:
             raise store_error(f"cannot remove entry {key}", error) from error
-        self._with_index(lambda index: index.remove([key]), None)
+        self.index.call(lambda index: index.remove([key]), None)
         return nbytes
 
     def pin(self, key: str) -> None:
@@ -478,12 +428,12 @@ class Cache:
 
     def pinned(self) -> set[str]:
         """Return the keys of pinned entries."""
-        return {path.name for path in (self.folder / "pins").glob("*") if _KEY.fullmatch(path.name)}
+        return {path.name for path in (self.folder / "pins").glob("*") if KEY.fullmatch(path.name)}
 
     def checked(self, key: str) -> None:
         """Record that all digests of an entry were checked and right."""
         if not self.readonly:
-            self._with_index(lambda index: index.checked(key, time.time()), None)
+            self.index.call(lambda index: index.checked(key, time.time()), None)
 
     def rebuild_index(self) -> int:
         """Make the index anew from the entries, keeping counters and use times where they can be read.
@@ -491,33 +441,19 @@ class Cache:
         Returns:
             The number of entries.
         """
-        with self._lock:
-            old = {row.key: row for row in self._with_index(lambda index: index.entries(), [])}
-            counters = self._with_index(lambda index: index.counters(), {})
-            if self._index is not None:
-                self._index.close()
-            for suffix in ("", "-wal", "-shm"):
-                (self.folder / f"index.sqlite3{suffix}").unlink(missing_ok=True)
-            self._index = self._scan_into(Index(self.folder / "index.sqlite3"))
-            rows = [old.get(row.key, row) for row in self._index.entries()]
-            self._index.put(rows)
-            self._index.count(counters)
-            return len(rows)
+        return self.index.rebuild()
 
     def stats(self) -> dict[str, float]:
         """Return the counters: hits, misses, bytes_served, bytes_built, seconds_saved, seconds_building, evicted."""
         self.flush()
         names = ("hits", "misses", "bytes_served", "bytes_built", "seconds_saved", "seconds_building", "evicted", "bytes_evicted")
-        found = self._with_index(lambda index: index.counters(), {})
+        found = self._counters()
         return {name: found.get(name, 0.0) for name in names}
 
     def close(self) -> None:
         """Write what was noted and close the index."""
         self.flush()
-        with self._lock:
-            if self._index is not None:
-                self._index.close()
-                self._index = None
+        self.index.close()
 
     def __enter__(self) -> Cache:
         """Return the cache itself."""
@@ -526,24 +462,3 @@ class Cache:
     def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
-
-
-def row_of(entry: StoredEntry, used_s: float) -> EntryRow:
-    """Return the row that an entry's own header gives."""
-    header, built = entry.header, entry.header.built
-    source = header.document.get("source", {}) if isinstance(header.document, dict) else {}
-    return EntryRow(
-        key=entry.key,
-        nbytes=header.nbytes,
-        fingerprint=str(built.get("fingerprint", "")),
-        source_digest=str(source.get("digest", "")),
-        source_nbytes=int(source.get("size", 0)),
-        source_path=str(built.get("path", "")),
-        recipe=str(built.get("recipe", "")),
-        tensors=len(header.slots),
-        created_s=float(built.get("created", used_s)),
-        used_s=used_s,
-        hits=0,
-        build_s=float(built.get("seconds", 0.0)),
-        checked_s=0.0,
-    )

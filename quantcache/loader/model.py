@@ -138,7 +138,7 @@ class Model(Mapping[str, Tensor]):
             if self._options.verify == "off" or self._intact(shard, entry, keys):
                 return _tensor(record, {key: _array(entry, key) for key in keys})
             self._rebuild(shard, f"tensor {name!r} is not what was stored")
-        assert shard.build is not None and shard.pipeline is not None  # noqa: S101 - a shard serves from one or the other
+        assert shard.build is not None and shard.pipeline is not None
         task = shard.pipeline.wait_for(shard.build, name)
         arrays = {}
         for slot in task.job.slots:
@@ -157,7 +157,7 @@ class Model(Mapping[str, Tensor]):
     def _rebuild(self, shard: _Shard, why: str) -> None:
         """Quarantine a shard's entry and build it again; what was handed out before stays as it is, and was right."""
         entry = shard.entry
-        assert entry is not None  # noqa: S101
+        assert entry is not None
         if self._cache is not None:
             self._cache.damaged(entry.key, why)
         shard.entry = None
@@ -201,7 +201,7 @@ class Model(Mapping[str, Tensor]):
                 record = shard.records[name]
                 nbytes = sum(shard.entry.header.slots[key].nbytes for key in record["parts"].values())
             else:
-                assert shard.build is not None and shard.pipeline is not None  # noqa: S101
+                assert shard.build is not None and shard.pipeline is not None
                 task = shard.pipeline.wait_for(shard.build, name)
                 record, nbytes = task.job.record(), sum(slot.nbytes for slot in task.job.slots)
             source_nbytes = shard.source.tensors[name].nbytes if name in shard.source.tensors else 0

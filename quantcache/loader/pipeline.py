@@ -77,7 +77,7 @@ class _Memory:
         self._arrays[key][position : position + view.size] = view
 
     def view(self, key: str) -> memoryview:
-        return memoryview(self._arrays[key]).toreadonly()
+        return self._arrays[key].data.toreadonly()
 
 
 def default_threads() -> int:

@@ -58,7 +58,7 @@ class Job:
             self.tile = TILE * 4 // itemsize
             self.size = info.size
             self.parts = {"values": info.name}
-            self.slots = (Slot(info.name, info.dtype, info.shape, self.tile * itemsize, self.layer),)
+            self.slots: tuple[Slot, ...] = (Slot(info.name, info.dtype, info.shape, self.tile * itemsize, self.layer),)
             return
         chosen = codec(self.decision.codec)
         # what tiles come as: blocks and float64 are widened or narrowed to float32 first, and so is what is scaled

@@ -111,27 +111,29 @@ class Safetensors(Format):
 
     def shards(self, path: Path) -> list[Path] | None:
         """Follow `model.safetensors.index.json`, or a complete set of `-00001-of-0000N` files."""
-        if path.is_dir():
-            indexes = sorted(path.glob("*.safetensors.index.json"))
-            if not indexes:
-                return _split_set(sorted(path.glob("*.safetensors")))
-            preferred = [index for index in indexes if index.name == "model.safetensors.index.json"]
-            path = (preferred or indexes)[0]
+        if path.is_dir() and _index_of(path) is None:
+            return _split_set(sorted(path.glob("*.safetensors")))
+        path = _index_of(path) or path
         if not path.name.endswith(".index.json"):
             return None
         return [path.parent / name for name in sorted(set(_weight_map(path).values()))]
 
     def check_shards(self, path: Path, sources: Sequence[Source]) -> None:
         """Find every tensor of the index in the shard that the index names."""
-        if path.is_dir():
-            indexes = sorted(path.glob("*.safetensors.index.json"))
-            path = next((index for index in indexes if index.name == "model.safetensors.index.json"), *indexes[:1], path)
+        path = _index_of(path) or path
         if not path.name.endswith(".index.json"):
             return
         shards = {source.path.name: source for source in sources}
         for name, shard in _weight_map(path).items():
             if name not in shards[shard].tensors:
                 raise SourceError(f"the index {path.name} puts it here, but it is not", path=shards[shard].path, tensor=name)
+
+
+def _index_of(folder: Path) -> Path | None:
+    """Return a folder's index; `model.safetensors.index.json` if there are several."""
+    indexes = sorted(folder.glob("*.safetensors.index.json")) if folder.is_dir() else []
+    preferred = [index for index in indexes if index.name == "model.safetensors.index.json"]
+    return next(iter(preferred or indexes), None)
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:

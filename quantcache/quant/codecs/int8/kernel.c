@@ -14,10 +14,11 @@ QC_INLINE int fits_f16(float value, uint16_t half) {
 
 QC_INLINE affine_t affine(float lo, float hi, int scales_f16) {
     affine_t a = {(hi - lo) * (1.0f / 255.0f), lo + 0.0f, QC_OK}; /* + 0: of -0 and 0 either may be the minimum */
-    if (!(a.scale <= 3.4028234663852886e38f)) a.status = QC_NONFINITE; /* the range itself overflows */
-    if (scales_f16) {
+    if (!(a.scale <= 3.4028234663852886e38f)) { /* the range itself overflows */
+        a.status = QC_NONFINITE;
+    } else if (scales_f16) {
         const uint16_t scale = qc_f16_from_f32(a.scale), bias = qc_f16_from_f32(a.bias);
-        if (!fits_f16(a.scale, scale) || !fits_f16(a.bias, bias)) a.status |= QC_F32_SCALES;
+        if (!fits_f16(a.scale, scale) || !fits_f16(a.bias, bias)) a.status = QC_F32_SCALES;
         a.scale = qc_f32_from_f16(scale);
         a.bias = qc_f32_from_f16(bias);
     }
@@ -124,6 +125,7 @@ QC_INLINE int quantize(const void *x, size_t n, uint8_t *codes, void *scales, vo
     if (n % GROUP) return QC_BAD_CALL;
     const size_t groups = n / GROUP;
     const int stored = scales_f16 ? QC_F16 : QC_F32;
+    int refused = QC_OK; /* the rest is still looked at: a later group may not be finite, which weighs more */
 #if defined(QC_LANES)
     /* All ranges of a batch before its codes: their long chains of dependent steps then overlap. */
     for (size_t first = 0; first < groups; first += BATCH) {
@@ -132,10 +134,12 @@ QC_INLINE int quantize(const void *x, size_t n, uint8_t *codes, void *scales, vo
         affine_t a[BATCH];
         for (size_t g = 0; g < count; g++) {
             const int status = measure_group(x, (first + g) * GROUP, element, widened + g * GROUP, a + g, scales_f16);
-            if (status) return status;
+            if (status == QC_NONFINITE) return status;
+            refused |= status;
             qc_store_element(scales, first + g, a[g].scale, stored);
             qc_store_element(biases, first + g, a[g].bias, stored);
         }
+        if (refused) continue;
         const float *wide = element == QC_F32 ? (const float *)x + first * GROUP : widened;
         for (size_t g = 0; g < count; g++) code_group(wide + g * GROUP, a[g], codes + (first + g) * GROUP);
     }
@@ -143,16 +147,17 @@ QC_INLINE int quantize(const void *x, size_t n, uint8_t *codes, void *scales, vo
     for (size_t g = 0; g < groups; g++) {
         affine_t a;
         const int status = quantize_group(x, g * GROUP, element, codes + g * GROUP, &a, scales_f16);
-        if (status) return status;
+        if (status == QC_NONFINITE) return status;
+        refused |= status;
         qc_store_element(scales, g, a.scale, stored);
         qc_store_element(biases, g, a.bias, stored);
     }
 #endif
-    return QC_OK;
+    return refused;
 }
 
-/* x: element[n]; scales_f16: 1 if S is float16. Stops at the first group that S cannot hold
- * (F32_SCALES) or that is not finite (NONFINITE). */
+/* x: element[n]; scales_f16: 1 if S is float16. NONFINITE if any group is not finite or its range is not;
+ * else F32_SCALES if S cannot hold a group's numbers; what was written is of no use then. */
 QC_EXPORT(qc_int8_quantize)(const void *x, size_t n, int64_t element, int64_t scales_f16, uint8_t *codes, void *scales, void *biases) {
     QC_FP_ENTER;
     const int status = scales_f16 ? QC_FOR_ELEMENT(element, quantize, x, n, codes, scales, biases, 1)

@@ -37,7 +37,7 @@ QC_INLINE int quantize(const void *x, size_t rows, size_t columns, int8_t *codes
         const size_t start = row * columns;
         const uint32_t top = row_magnitude(x, start, columns, element);
         if (top >= 0x7f800000u)
-            return qc_any_nonfinite(x, start, columns, element) ? QC_NONFINITE | QC_F16_RANGE : QC_F16_RANGE;
+            return qc_any_nonfinite(x, 0, rows * columns, element) ? QC_NONFINITE | QC_F16_RANGE : QC_F16_RANGE;
         scales[row] = qc_float(top);
         if (top == 0) {
             memset(codes + start, 0, columns);
@@ -61,7 +61,7 @@ QC_INLINE int quantize(const void *x, size_t rows, size_t columns, int8_t *codes
     return QC_OK;
 }
 
-/* x: element[rows * columns]. Stops at the first row with a value that float16 cannot hold. */
+/* x: element[rows * columns]. F16_RANGE if float16 cannot hold a value, NONFINITE too if any is NaN or Inf. */
 QC_EXPORT(qc_int8_row_quantize)(const void *x, size_t rows, size_t columns, int64_t element, int8_t *codes, float *scales) {
     QC_FP_ENTER;
     const int status = QC_FOR_ELEMENT(element, quantize, x, rows, columns, codes, scales);

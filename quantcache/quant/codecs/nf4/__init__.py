@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,11 +34,10 @@ TABLE = np.array(
 MIDDLES = (TABLE[:-1] + TABLE[1:]) / np.float32(2)
 
 
-@cache
-def nested_tables() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the 256 values for absmax and the 255 values halfway between them."""
-    values = reference.nested_map()
-    return values, (values[:-1] + values[1:]) / np.float32(2)
+#: The 256 values for absmax, and the 255 halfway between them. Made on import: later, somebody may have changed
+#: the rounding mode.
+NESTED_MAP = reference.nested_map()
+NESTED_MIDDLES = (NESTED_MAP[:-1] + NESTED_MAP[1:]) / np.float32(2)
 
 
 def _quant_state(shape: tuple[int, ...], source_dtype: str, offset: float | None) -> Array:
@@ -106,19 +104,21 @@ class Nf4Encoder(Encoder):
         """Return the table, the state and, if nested, the quantized absmax."""
         if self._absmax is None:
             return {"quant_map": TABLE, "quant_state": _quant_state(self._shape, self._dtype, None)}
-        values, middles = nested_tables()
-        offset = reference.mean(self._absmax)
         if native.level() == "reference":
-            codes, nested = reference.encode_absmax(self._absmax, offset, middles)
+            offset = reference.mean(self._absmax)
+            codes, nested = reference.encode_absmax(self._absmax, offset, NESTED_MIDDLES)
         else:
             codes = np.empty(self._absmax.size, np.uint8)
             nested = np.empty(-(-codes.size // reference.NESTED), np.float32)
-            native.kernel("nf4_encode_absmax")(self._absmax, codes.size, np.array([offset]), middles, codes, nested)
+            mean = np.empty(1, np.float32)
+            native.kernel("nf4_mean_absmax")(self._absmax, codes.size, mean)
+            native.kernel("nf4_encode_absmax")(self._absmax, codes.size, mean, NESTED_MIDDLES, codes, nested)
+            offset = mean[0]
         return {
             "absmax": codes,
             "nested_absmax": nested,
             "quant_map": TABLE,
-            "nested_quant_map": values,
+            "nested_quant_map": NESTED_MAP,
             "quant_state": _quant_state(self._shape, self._dtype, float(offset)),
         }
 
@@ -178,9 +178,9 @@ class Nf4DoubleQuantized(Nf4):
         offset = np.float32(json.loads(parts["quant_state"].tobytes())["nested_offset"])
         codes, nested = parts["absmax"], parts["nested_absmax"]
         if native.level() == "reference":
-            return reference.decode_absmax(codes, nested, offset, nested_tables()[0])
+            return reference.decode_absmax(codes, nested, offset, NESTED_MAP)
         out = np.empty(codes.size, np.float32)
         native.kernel("nf4_decode_absmax")(
-            native.contiguous(codes), native.contiguous(nested), codes.size, np.array([offset]), nested_tables()[0], out
+            native.contiguous(codes), native.contiguous(nested), codes.size, np.array([offset]), NESTED_MAP, out
         )
         return out

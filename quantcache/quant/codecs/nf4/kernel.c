@@ -249,6 +249,17 @@ QC_EXPORT(qc_nf4_dequantize)(const uint8_t *codes, const float *absmax, size_t n
 
 /* ---- double quantization of absmax ---------------------------------------------------------- */
 
+/* mean: float32[1] of float32[n], summed in eight float64 lanes, lanes added in order */
+QC_EXPORT(qc_nf4_mean_absmax)(const float *absmax, size_t n, float *mean) {
+    QC_FP_ENTER;
+    double lane[8] = {0}, total = 0;
+    for (size_t i = 0; i < n; i++) lane[i & 7] += (double)absmax[i];
+    for (int k = 0; k < 8; k++) total += lane[k];
+    *mean = (float)(total / (double)n);
+    QC_FP_LEAVE;
+    return QC_OK;
+}
+
 /* absmax: float32[n]; offset: float32[1]; middles: float32[255], rising;
  * codes: uint8[n]; nested: float32[(n + 255) / 256] */
 QC_EXPORT(qc_nf4_encode_absmax)(const float *absmax, size_t n, const float *offset, const float *middles, uint8_t *codes, float *nested) {

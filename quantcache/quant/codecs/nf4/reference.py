@@ -20,7 +20,8 @@ NESTED = 256
 
 
 def _inverse(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
-    return F32(1) / np.maximum(absmax, F32(1e-38))
+    found: NDArray[np.float32] = np.divide(F32(1), np.maximum(absmax, F32(1e-38)), dtype=F32)
+    return found
 
 
 def _blocks(flat: NDArray[np.float32], length: int) -> NDArray[np.float32]:

