@@ -184,10 +184,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> list[Source]:
         SourceError: a file is not what it claims to be.
     """
     where = Path(path)
-    if not where.exists():
+    try:
+        where.stat()
+    except (OSError, ValueError) as error:  # a name that is too long or holds a null is no file either
         raise SourceNotFoundError(
             "no such file or folder", path=where, hint="give a .safetensors, .st or .gguf file, or a folder with one"
-        )
+        ) from error
     if where.is_dir():
         where = _snapshot(where)
     for known in _formats():

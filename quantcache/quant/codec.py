@@ -229,7 +229,8 @@ def quantize(codec_id: str, weights: Array, name: str = "X.weight") -> tuple[Sta
         The status and name -> stored array, shaped as stored; empty if the codec refused the values.
 
     Raises:
-        CodecError: the codec does not take that shape or type.
+        CodecError: the codec does not take that shape.
+        UsageError: the weights are of another type.
     """
     from quantcache.tensor import element_name
 
@@ -239,7 +240,7 @@ def quantize(codec_id: str, weights: Array, name: str = "X.weight") -> tuple[Sta
         raise CodecError(f"{codec_id} cannot store {name}: {reason}")
     source_dtype = element_name(weights.dtype)
     if source_dtype not in ("F32", "F16", "BF16"):
-        raise CodecError(f"{codec_id} cannot store {name}: weights are float32, float16 or bfloat16, not {weights.dtype}")
+        raise UsageError(f"{codec_id} cannot store {name}: weights are float32, float16 or bfloat16, not {weights.dtype}")
     flat = np.ascontiguousarray(weights).reshape(-1)
     if source_dtype == "BF16":
         flat = flat.view(np.uint16)

@@ -131,13 +131,13 @@ def check(runner: Runner, level: str) -> int:
                 same(f"f16 {name}", half, f16.cast(x)[1])
     absmax = np.abs(np.random.default_rng().standard_normal(700)).astype(np.float32)
     values, middles = NESTED_MAP, NESTED_MIDDLES
-    offset = np.array([nf4.mean(absmax)])
+    offset = np.array([nf4.mean(absmax)], np.float64)
     _, (codes, nested) = runner.call(f"qc_nf4_encode_absmax__{level}", absmax, 700, offset, middles, ("out", "u1", 700), ("out", "f4", 3))
-    wanted_codes, wanted_nested = nf4.encode_absmax(absmax, offset[0], middles)
+    wanted_codes, wanted_nested = nf4.encode_absmax(absmax, np.float32(offset[0]), middles)
     same("absmax codes", codes, wanted_codes)
     same("absmax scales", nested, wanted_nested)
     _, (decoded,) = runner.call(f"qc_nf4_decode_absmax__{level}", codes, nested, 700, offset, values, ("out", "f4", 700))
-    same("absmax decoding", decoded, nf4.decode_absmax(codes, nested, offset[0], values))
+    same("absmax decoding", decoded, nf4.decode_absmax(codes, nested, np.float32(offset[0]), values))
     return count
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import numpy as library
 
 from quantcache.errors import SourceError
-from quantcache.loader.source import Source, open_checkpoint
+from quantcache.loader.source import open_checkpoint
 
 MIB = 1 << 20
 

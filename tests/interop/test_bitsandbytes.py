@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from quantcache.quant.codec import Status, codec, quantize
-from quantcache.quant.codecs.nf4 import TABLE, nested_tables
+from quantcache.quant.codecs.nf4 import NESTED_MAP, TABLE
 
 torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -55,7 +55,7 @@ def _state(codec_id: str, shape: tuple[int, ...], dtype: np.dtype[Any], parts: d
 def test_tables() -> None:
     """The NF4 table and the map for absmax are bitsandbytes' own, bit for bit."""
     assert TABLE.tobytes() == functional.get_4bit_type("nf4", device="cpu").numpy().tobytes()
-    assert nested_tables()[0].tobytes() == functional.create_dynamic_map(signed=True).numpy().tobytes()
+    assert NESTED_MAP.tobytes() == functional.create_dynamic_map(signed=True).numpy().tobytes()
 
 
 @of_dtypes
@@ -76,7 +76,7 @@ def test_nf4_codes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
 @of_shapes
 @pytest.mark.parametrize("codec_id", ["nf4", "nf4-dq"])
 def test_bitsandbytes_decodes_what_is_stored(codec_id: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """bitsandbytes takes the stored keys and decodes them to the weights that are decoded here, bit for bit."""
+    """The stored keys are taken by bitsandbytes, which decodes them to the weights that are decoded here, bit for bit."""
     weights = _weights(shape, dtype)
     _, parts = quantize(codec_id, weights)
     state = _state(codec_id, shape, dtype, parts)
@@ -90,7 +90,7 @@ def test_bitsandbytes_decodes_what_is_stored(codec_id: str, shape: tuple[int, ..
 
 @pytest.mark.parametrize("codec_id", ["nf4", "nf4-dq"])
 def test_no_unknown_keys(codec_id: str) -> None:
-    """bitsandbytes' own state has the keys that are stored here, and its JSON the same entries."""
+    """The state that bitsandbytes makes has the keys that are stored here, and its JSON the same entries."""
     weights = _weights((64, 512), np.dtype(np.float16))
     _, state = functional.quantize_4bit(
         _tensor(weights), blocksize=64, quant_type="nf4", compress_statistics=codec_id == "nf4-dq"

@@ -27,10 +27,8 @@ TYPES: dict[int, tuple[str, int, int]] = {
     24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
 }  # fmt: skip
-
-#: Types whose block is not published: the size comes from where the next tensor starts.
-UNSIZED: dict[int, str] = {42: "Q2_0"}
 
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 20
@@ -89,7 +87,7 @@ class _Reader:
             try:
                 for _ in range(count):
                     position += 8 + length_at(memory, position)[0]
-            except struct.error:
+            except (struct.error, OverflowError):
                 position = self.end + 1
             if position > self.end:
                 self.refuse(f"a string of {what} ends behind the file (truncated?)")
@@ -184,12 +182,9 @@ class Gguf(Format):
         start = -(-reader.position // alignment) * alignment
         expected = 0
         tensors = []
-        for position, (name, dtype, shape, nbytes, offset) in enumerate(described):
+        for name, dtype, shape, nbytes, offset in described:
             if offset != expected:
                 reader.refuse(f"its offset is {offset}, the tensors before it end at {expected}", tensor=name)
-            if nbytes < 0:
-                after = described[position + 1][4] if position + 1 < tensor_count else file.nbytes - start
-                nbytes = max(0, after - offset)
             expected += -(-nbytes // alignment) * alignment
             if expected >= 1 << 63:
                 reader.refuse("the tensors' sizes overflow", tensor=name)
@@ -226,7 +221,7 @@ def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
 
 
 def _tensor(reader: _Reader, alignment: int) -> tuple[str, str, tuple[int, ...], int, int]:
-    """Read and check one tensor's description: name, type, shape, bytes (-1: unknown), offset in the data section."""
+    """Read and check one tensor's description: name, type, shape, bytes, offset in the data section."""
     name = reader.text("a tensor's name", MAX_NAME - 1)
     dimensions = reader.number("I", f"tensor {shorten(name)}")
     if dimensions > 4:
@@ -236,17 +231,17 @@ def _tensor(reader: _Reader, alignment: int) -> tuple[str, str, tuple[int, ...],
         reader.refuse(f"has a negative size in {sizes}", tensor=name)
     kind = reader.number("I", f"tensor {shorten(name)}")
     offset = reader.number("Q", f"tensor {shorten(name)}")
-    if kind in UNSIZED and offset % alignment == 0:
-        return name, UNSIZED[kind], tuple(reversed(sizes)), -1, offset
     if kind not in TYPES:
         reader.refuse(f"has the unknown GGML type {kind}", tensor=name)
     dtype, block, block_nbytes = TYPES[kind]
-    if sizes and sizes[0] % block:
-        reader.refuse(f"{dtype} needs rows of whole blocks of {block}, a row has {sizes[0]}", tensor=name)
+    row = sizes[0] if sizes else 1
+    if row % block:
+        reader.refuse(f"{dtype} needs rows of whole blocks of {block}, a row has {row}", tensor=name)
     if offset % alignment:
         reader.refuse(f"its offset {offset} is not a multiple of the alignment {alignment}", tensor=name)
-    elements = math.prod(sizes)
-    nbytes = elements // block * block_nbytes
-    if elements >= 1 << 63 or nbytes >= 1 << 63:
+    nbytes = math.prod(sizes) // block * block_nbytes
+    # a size of 0 hides nothing: NumPy refuses a shape whose other sizes overflow
+    widest = math.prod(max(size, 1) for size in sizes) * (block_nbytes if block == 1 else 1)
+    if widest >= 1 << 63 or nbytes >= 1 << 63:
         reader.refuse(f"its shape {sizes} overflows", tensor=name)
     return name, dtype, tuple(reversed(sizes)), nbytes, offset

@@ -40,15 +40,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _load_json(text: bytes, path: Path, what: str) -> Any:
+def _load_json(text: bytes, path: Path, what: str, start: int = 0) -> Any:
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        if b"\\u" in text:  # an escape can smuggle in half a character, which no name can hold
+            json.dumps(found, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        raise SourceError(f"{what} is not UTF-8", path=path, offset=8 + error.start) from error
+        raise SourceError(f"{what} is not UTF-8", path=path, offset=start + error.start) from error
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{what} holds half a character (a lone surrogate)", path=path, offset=start) from error
     except _DuplicateKeyError as error:
         raise SourceError(f"{what} has the name {shorten(str(error))} twice", path=path) from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{what} is not JSON: {str(error)[:120] or 'nested too deeply'}", path=path) from error
+    return found
 
 
 @register
@@ -73,7 +78,7 @@ class Safetensors(Format):
             )
         if length > MAX_HEADER:
             raise SourceError(f"the header claims {length} bytes, the limit is {MAX_HEADER}", path=file.path, offset=0)
-        header = _load_json(file.bytes[8 : 8 + length].tobytes(), file.path, "the header")
+        header = _load_json(file.bytes[8 : 8 + length].tobytes(), file.path, "the header", 8)
         if not isinstance(header, dict):
             raise SourceError("the header is not a JSON object", path=file.path, offset=8)
         metadata = header.pop("__metadata__", {})
@@ -153,7 +158,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         refuse("its data_offsets are not two positions")
     begin, end = offsets
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
-    if nbytes >= 1 << 63:
+    if math.prod(max(n, 1) for n in shape) * ITEMSIZE[dtype] >= 1 << 63:  # NumPy refuses it even if one size is 0
         refuse(f"its shape {shape} overflows")
     if end - begin != nbytes:
         refuse(f"{dtype} {shape} needs {nbytes} bytes, its data_offsets span {end - begin}")

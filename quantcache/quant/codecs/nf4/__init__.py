@@ -110,7 +110,7 @@ class Nf4Encoder(Encoder):
         else:
             codes = np.empty(self._absmax.size, np.uint8)
             nested = np.empty(-(-codes.size // reference.NESTED), np.float32)
-            mean = np.empty(1, np.float32)
+            mean = np.empty(1, np.float64)
             native.kernel("nf4_mean_absmax")(self._absmax, codes.size, mean)
             native.kernel("nf4_encode_absmax")(self._absmax, codes.size, mean, NESTED_MIDDLES, codes, nested)
             offset = mean[0]
@@ -175,12 +175,12 @@ class Nf4DoubleQuantized(Nf4):
 
     def absmax(self, parts: Mapping[str, Array]) -> NDArray[np.float32]:
         """Decode the absmax of every block, float32[n / 64]."""
-        offset = np.float32(json.loads(parts["quant_state"].tobytes())["nested_offset"])
+        offset = json.loads(parts["quant_state"].tobytes())["nested_offset"]
         codes, nested = parts["absmax"], parts["nested_absmax"]
         if native.level() == "reference":
-            return reference.decode_absmax(codes, nested, offset, NESTED_MAP)
+            return reference.decode_absmax(codes, nested, np.float32(offset), NESTED_MAP)
         out = np.empty(codes.size, np.float32)
         native.kernel("nf4_decode_absmax")(
-            native.contiguous(codes), native.contiguous(nested), codes.size, np.array([offset]), NESTED_MAP, out
+            native.contiguous(codes), native.contiguous(nested), codes.size, np.array([offset], np.float64), NESTED_MAP, out
         )
         return out

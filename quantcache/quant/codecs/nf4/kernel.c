@@ -249,27 +249,30 @@ QC_EXPORT(qc_nf4_dequantize)(const uint8_t *codes, const float *absmax, size_t n
 
 /* ---- double quantization of absmax ---------------------------------------------------------- */
 
-/* mean: float32[1] of float32[n], summed in eight float64 lanes, lanes added in order */
-QC_EXPORT(qc_nf4_mean_absmax)(const float *absmax, size_t n, float *mean) {
+/* The mean passes as float64 that holds a float32: a denormal one is then normal to whoever prints or parses it,
+ * also in a process that flushes denormals.
+ * mean: float64[1] of float32[n], summed in eight float64 lanes, lanes added in order */
+QC_EXPORT(qc_nf4_mean_absmax)(const float *absmax, size_t n, double *mean) {
     QC_FP_ENTER;
     double lane[8] = {0}, total = 0;
     for (size_t i = 0; i < n; i++) lane[i & 7] += (double)absmax[i];
     for (int k = 0; k < 8; k++) total += lane[k];
-    *mean = (float)(total / (double)n);
+    *mean = (double)(float)(total / (double)n);
     QC_FP_LEAVE;
     return QC_OK;
 }
 
-/* absmax: float32[n]; offset: float32[1]; middles: float32[255], rising;
+/* absmax: float32[n]; offset: float64[1]; middles: float32[255], rising;
  * codes: uint8[n]; nested: float32[(n + 255) / 256] */
-QC_EXPORT(qc_nf4_encode_absmax)(const float *absmax, size_t n, const float *offset, const float *middles, uint8_t *codes, float *nested) {
+QC_EXPORT(qc_nf4_encode_absmax)(const float *absmax, size_t n, const double *offset, const float *middles, uint8_t *codes, float *nested) {
     QC_FP_ENTER;
+    const float centre = (float)*offset;
     int status = QC_OK;
     for (size_t start = 0, block = 0; start < n && !status; start += NESTED, block++) {
         const size_t length = n - start < NESTED ? n - start : NESTED;
         float centred[NESTED], top = 0.0f;
         for (size_t i = 0; i < length; i++) {
-            centred[i] = absmax[start + i] - *offset;
+            centred[i] = absmax[start + i] - centre;
             top = fabsf(centred[i]) > top ? fabsf(centred[i]) : top;
         }
         nested[block] = top;
@@ -287,9 +290,10 @@ QC_EXPORT(qc_nf4_encode_absmax)(const float *absmax, size_t n, const float *offs
 }
 
 /* out: float32[n] = f32(f32(map[code] * nested) + offset); map: float32[256] */
-QC_EXPORT(qc_nf4_decode_absmax)(const uint8_t *codes, const float *nested, size_t n, const float *offset, const float *map, float *out) {
+QC_EXPORT(qc_nf4_decode_absmax)(const uint8_t *codes, const float *nested, size_t n, const double *offset, const float *map, float *out) {
     QC_FP_ENTER;
-    for (size_t i = 0; i < n; i++) out[i] = map[codes[i]] * nested[i / NESTED] + *offset;
+    const float centre = (float)*offset;
+    for (size_t i = 0; i < n; i++) out[i] = map[codes[i]] * nested[i / NESTED] + centre;
     QC_FP_LEAVE;
     return QC_OK;
 }
