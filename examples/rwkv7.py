@@ -20,9 +20,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def normalize(
-    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-5, heads: int = 1
-) -> np.ndarray:
+def normalize(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-5, heads: int = 1) -> np.ndarray:
     """Normalize every token, per group of heads."""
     groups = x.reshape(len(x), heads, -1)
     centred = groups - groups.mean(axis=2, keepdims=True)
@@ -33,7 +31,6 @@ def forward(weights: Mapping[str, np.ndarray], tokens: Sequence[int]) -> np.ndar
     """Return float32[vocabulary]: the logits after the last token; layer by layer, all tokens at once."""
     w = {name: np.squeeze(weight).astype(np.float32) for name, weight in weights.items()}
     n_heads, head = weights["blocks.0.att.r_k"].shape
-    first = np.empty(0)
     x = normalize(w["emb.weight"][list(tokens)], w["blocks.0.ln0.weight"], w["blocks.0.ln0.bias"])
     for layer in range(sum(name.endswith(".ffn.x_k") for name in w)):
         block = {name.removeprefix(f"blocks.{layer}."): w[name] for name in w if name.startswith(f"blocks.{layer}.")}
@@ -44,8 +41,10 @@ def forward(weights: Mapping[str, np.ndarray], tokens: Sequence[int]) -> np.ndar
         r, k, v = xr @ att["receptance.weight"].T, xk @ att["key.weight"].T, xv @ att["value.weight"].T
         decay = np.exp(-np.exp(np.float32(-0.5)) * sigmoid(att["w0"] + np.tanh(xw @ att["w1"]) @ att["w2"]))
         a, g = sigmoid(att["a0"] + xa @ att["a1"] @ att["a2"]), sigmoid(xg @ att["g1"]) @ att["g2"]
-        first = v if layer == 0 else first
-        v = v if layer == 0 else v + (first - v) * sigmoid(att["v0"] + xv @ att["v1"] @ att["v2"])
+        if layer == 0:
+            first = v
+        else:
+            v = v + (first - v) * sigmoid(att["v0"] + xv @ att["v1"] @ att["v2"])
         kk, k = k * att["k_k"], k * (1 + (a - 1) * att["k_a"])
         r, k, v, kk, a, decay = (part.reshape(-1, n_heads, head) for part in (r, k, v, kk, a, decay))
         kk = kk / np.maximum(np.linalg.norm(kk, axis=2, keepdims=True), np.float32(1e-12))

@@ -157,6 +157,7 @@ class StagedEntry:
         Raises:
             CacheError: a tensor is incomplete, or the disk refused; nothing is visible then.
         """
+        self._map_replaced()
         missing = [key for key, pieces in self._digests.items() if None in pieces]
         if missing:
             raise CacheError(f"{len(missing)} tensors were not written completely, the first is {missing[0]!r}")
@@ -200,8 +201,18 @@ class StagedEntry:
         self._descriptor, self._path = descriptor, path
         return header
 
+    def _map_replaced(self) -> None:
+        """Map what lies behind the first plan's end while the file that holds it is open: views outlive it."""
+        if self._descriptor >= 0:
+            for key, slot in self.slots.items():
+                if slot.nbytes:
+                    self.view(key)
+
     def discard(self) -> None:
         """Remove the file; views stay valid."""
+        if hasattr(self, "_main"):
+            with contextlib.suppress(OSError, ValueError):
+                self._map_replaced()
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
         self._close()

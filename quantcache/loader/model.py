@@ -455,7 +455,8 @@ def _array(entry: StoredEntry, key: str) -> Array:
 
 def _tensor(record: Mapping[str, Any], arrays: Mapping[str, Array]) -> Tensor:
     """Return what a caller gets: an array for plain weights, else a QuantTensor."""
-    parts = {name: arrays[key] for name, key in record["parts"].items()}
+    # codes first: JSON does not keep the codec's order
+    parts = {name: arrays[record["parts"][name]] for name in sorted(record["parts"], key=lambda n: (n != "codes", n))}
     if record["codec"] in ("keep", "f16"):
         values = parts["values"]
         values.flags.writeable = False

@@ -211,9 +211,9 @@ class Pipeline:
         with self._changed:
             while self._open and self.failure is None and not self._cancelled:
                 self._changed.wait(0.2)
-        if self.failure is not None:
+        if self.failure is not None or self._cancelled:
             self.cancel()
-            raise self.failure
+            raise self.failure or Cancelled("the load was stopped")
 
     def cancel(self) -> None:
         """Stop after the tiles under way; unpublished files are removed."""
@@ -435,7 +435,7 @@ def _weights(source: Source, info: TensorInfo, job: Job, start: int, stop: int) 
         piece = raw[start * itemsize : stop * itemsize]
         source.file.populate(info.offset + start * itemsize, piece.size)
         values = piece.view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype))
-    if job.element == info.dtype:
+    if job.element == info.dtype and not job.decision.exponent:
         return values
     if info.dtype == "BF16":
         values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
