@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find quantcache -name '*.py' -o -name '*.c' -o -name '*.h' -o -name '*.md') pyproject.toml CMakeLists.txt README.md
+# an editable install: only what is compiled, and what is declared, asks for another one
+SOURCES := $(wildcard quantcache/quant/*.c quantcache/quant/*.h quantcache/quant/codecs/*/*.c) pyproject.toml CMakeLists.txt
 
 .PHONY: demo test stress interop bench lint clean help
 help:
@@ -15,7 +16,7 @@ $(BIN)/python:
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip
 
 $(VENV)/installed: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install -q --disable-pip-version-check '.[test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
 	@touch $@
 
 demo: $(VENV)/installed
@@ -29,16 +30,16 @@ stress: $(VENV)/installed
 	$(BIN)/python -m pytest tests/stress -q
 
 interop: $(VENV)/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check '.[test,interop]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,interop]'
 	$(BIN)/python -m pytest tests/interop -q
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check '.[bench]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/bench_kernels.py --json bench-results/kernels.json
 	$(BIN)/python benchmarks/bench_end_to_end.py --json bench-results/end-to-end.json
 
 lint: $(VENV)/installed
-	@$(BIN)/python -m pip install -q --disable-pip-version-check '.[lint]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[lint]'
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
