@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,6 +50,21 @@ _DRY = (
 )
 
 
+def _type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let argparse say what our own parser says."""
+
+    def checked(text: str) -> Any:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(error.message) from error
+
+    return checked
+
+
+_SIZE, _TIME, _SHARE = map(_type, (settings_of.parse_size, settings_of.parse_duration, settings_of.parse_share))
+
+
 def _cache(options: argparse.Namespace, *, create: bool = False, readonly: bool = False) -> Cache:
     return Cache(
         options.cache_dir, create=create, readonly=readonly, shared=options.shared,
@@ -77,7 +93,7 @@ def _as_json(row: EntryRow, pinned: set[str]) -> dict[str, Any]:
 def _rows_of(cache: Cache, named: str) -> list[EntryRow]:
     """Return the entries that a key's prefix or a checkpoint's path means."""
     path = Path(named)
-    if path.exists():
+    if named and path.exists():
         keys = cache.keys_of_model(path.resolve())
         if path.is_dir():
             keys += [row.key for row in cache.entries() if Path(row.source_path).parent == path.resolve() and row.key not in keys]
@@ -104,7 +120,7 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
     from quantcache.loader.model import load
 
     rules = [_parse_rule(text) for text in options.rule]
-    done, failed = [], 0
+    done, failed, code = [], 0, 1
     with _cache(options, create=True) as cache:
         for path in options.paths:
             start = time.monotonic()
@@ -129,6 +145,8 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
             saved = bool(model.keys_in_store) or passed
             state = "hit" if model.hit else "built" if saved else "not saved"
             failed += not saved
+            if not saved and model.unsaved:
+                code = model.unsaved[0].exit_code
             done.append({"path": str(path), "state": state, "hit": model.hit, "seconds": round(took, 3), "size": stored,
                          "source_size": came, "tensors": len(reports), "quantized": quantized, "keys": model.keys_in_store})  # fmt: skip
             if not output.as_json:
@@ -137,7 +155,7 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
                 sys.stdout.flush()
     if output.as_json:
         output.document(models=done)
-    return 0 if not failed else 1 if failed == len(options.paths) else 3
+    return 0 if not failed else code if failed == len(options.paths) else 3
 
 
 def _parse_rule(text: str) -> tuple[str, str] | tuple[str, str, float]:
@@ -310,9 +328,9 @@ def _repair(options: argparse.Namespace, output: Output) -> int:
 
 @_verb(
     "prune", "remove entries by limits; pinned ones stay",
-    _arg("--max-size", type=settings_of.parse_size, metavar="SIZE", help="the store shall take at most this (50GB)"),
-    _arg("--max-age", type=settings_of.parse_duration, metavar="TIME", help="not used for this long (30d)"),
-    _arg("--keep-free", type=settings_of.parse_share, metavar="SHARE", help="of the disk (10%% or 50GB)"),
+    _arg("--max-size", type=_SIZE, metavar="SIZE", help="the store shall take at most this (50GB)"),
+    _arg("--max-age", type=_TIME, metavar="TIME", help="not used for this long (30d)"),
+    _arg("--keep-free", type=_SHARE, metavar="SHARE", help="of the disk (10%% or 50GB)"),
     _arg("--stale-source", action="store_true", help="whose source file is gone"),
     _arg("--orphans", action="store_true", help="the quarantine"),
     *_DRY,
@@ -421,13 +439,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", default=hide, help="0: one per core")
     add("--limit-size", metavar="SIZE", default=hide, help="the store's max_size (200GB)")
     add("--limit-free", metavar="SHARE", default=hide, help="the disk's keep_free (5%%)")
-    add("--lock-timeout", type=settings_of.parse_duration, metavar="TIME", default=hide, help="for another process's build")
+    add("--lock-timeout", type=_TIME, metavar="TIME", default=hide, help="for another process's build")
     add("--shared", action="store_true", default=hide, help="accept a store of another user")
-    parser = argparse.ArgumentParser(prog="quantcache", description="A store of quantized weights.", parents=[common])
+    parser = argparse.ArgumentParser(prog="quantcache", description="A store of quantized weights.", parents=[common], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"quantcache {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for name, (_, describe, configure) in _VERBS.items():
-        configure(verbs.add_parser(name, help=describe, description=describe, parents=[common]))
+        configure(verbs.add_parser(name, help=describe, description=describe, parents=[common], allow_abbrev=False))
     return parser
 
 
@@ -471,7 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except QuantcacheError as error:
         if getattr(options, "verbose", False):
-            raise
+            traceback.print_exc()
         if output.as_json:
             output.document(error={"kind": type(error).__name__, "message": str(error), "hint": error.hint})
         output.problem("error", str(error), error.hint)

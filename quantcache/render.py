@@ -87,7 +87,7 @@ class Output:
             rows: cells.
             flexible: index of the column that may be cut; in a pipe nothing is.
         """
-        cells = [[str(cell) for cell in row] for row in rows]
+        cells = [[printable(str(cell)) for cell in row] for row in rows]
         widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
         if sys.stdout.isatty():
             spare = shutil.get_terminal_size((80, 24)).columns - sum(widths) - 2 * (len(widths) - 1)
@@ -109,6 +109,11 @@ class Output:
                 yield callback
         else:
             yield _lines(title)
+
+
+def printable(text: str) -> str:
+    """Return a text without control characters: names come from files, and a terminal obeys what it is sent."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def cut(text: str, width: int) -> str:

@@ -155,7 +155,15 @@ def test_ls_shows_entries(run: Run, model: Path, key: str) -> None:
 
 @pytest.mark.parametrize(
     ("condition", "shown"),
-    [("size>1kB", 1), ("size>1GB", 0), ("age<1h", 1), ("age>30d", 0), ("recipe=nf4", 1), ("recipe=int8", 0), ("hits<=0", 1)],
+    [
+        ("size>1kB", 1),
+        ("size>1GB", 0),
+        ("age<1h", 1),
+        ("age>30d", 0),
+        ("recipe=nf4", 1),
+        ("recipe=int8", 0),
+        ("hits<=0", 1),
+    ],
 )
 def test_ls_filters(run: Run, key: str, condition: str, shown: int) -> None:
     """--filter keeps the entries for which the condition holds."""
@@ -259,7 +267,9 @@ def test_quick_verify_reads_no_digests(run: Run, key: str, store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["prune", "--max-size", "0"], ["rm", "KEY"], ["rm", "PATH"], ["rm", "FOLDER"], ["clear"]], ids=" ".join
+    "arguments",
+    [["prune", "--max-size", "0"], ["rm", "KEY"], ["rm", "PATH"], ["rm", "FOLDER"], ["clear"]],
+    ids=" ".join,
 )
 def test_removing(run: Run, key: str, model: Path, store: Path, arguments: list[str]) -> None:
     """With --yes the entry goes; the source stays."""
@@ -271,7 +281,9 @@ def test_removing(run: Run, key: str, model: Path, store: Path, arguments: list[
     assert model.exists()
 
 
-@pytest.mark.parametrize("options", [["--max-size", "1GB"], ["--max-age", "30d"], ["--stale-source"], ["--keep-free", "0%"]])
+@pytest.mark.parametrize(
+    "options", [["--max-size", "1GB"], ["--max-age", "30d"], ["--stale-source"], ["--keep-free", "0%"]]
+)
 def test_prune_keeps_what_is_within_limits(run: Run, key: str, store: Path, options: list[str]) -> None:
     """An entry that no limit hits stays."""
     assert run("prune", "--yes", *options).code == 0
@@ -331,7 +343,8 @@ def test_config_shows_origins(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["warm", "PATH"], ["ls"], ["info", "KEY"], ["info", "PATH"], ["stats"], ["du"], ["verify"], ["repair"], ["prune", "--yes"],
+        ["warm", "PATH"], ["ls"], ["info", "KEY"], ["info", "PATH"], ["stats"], ["du"], ["verify"], ["repair"],
+        ["prune", "--yes"],
         ["rm", "KEY", "--yes"], ["clear", "--yes"], ["pin", "KEY"], ["unpin", "KEY"], ["dir"], ["config"],
     ],
     ids=" ".join,
@@ -467,7 +480,10 @@ def test_partly_done_is_3(run: Run, model: Path, tmp_path: Path) -> None:
     assert "missing.safetensors" in found.err
 
 
-@pytest.mark.parametrize("arguments", [["warm", "nowhere"], ["info", "nowhere"], ["rm", "-y", "nowhere"], ["pin", "0" * 32], ["verify", "0f"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["warm", "nowhere"], ["info", "nowhere"], ["rm", "-y", "nowhere"], ["pin", "0" * 32], ["verify", "0f"]],
+)
 def test_not_found_is_4(run: Run, key: str, tmp_path: Path, arguments: list[str]) -> None:
     """A path or key that is not there is 4."""
     found = run(*[tmp_path / word if word == "nowhere" else word for word in arguments])
@@ -511,8 +527,12 @@ def test_newer_store_is_12(run: Run, store: Path) -> None:
     assert [path.name for path in store.iterdir()] == ["v99"]
 
 
-@pytest.mark.parametrize("arguments", [["prune", "--max-size", "0"], ["clear"], ["rm", "KEY"], ["repair"], ["pin", "KEY"]], ids=" ".join)
-def test_read_only_is_13(run: Run, key: str, store: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["prune", "--max-size", "0"], ["clear"], ["rm", "KEY"], ["repair"], ["pin", "KEY"]], ids=" ".join
+)
+def test_read_only_is_13(
+    run: Run, key: str, store: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
     """In a store that cannot be written, what would write is 13 and changes nothing."""
     before = files_of(store)
     real = os.access
@@ -572,7 +592,9 @@ def test_dry_run_removes_nothing(run: Run, key: str, store: Path, arguments: lis
 
 
 @pytest.mark.parametrize(("answer", "code", "left"), [("y\n", 0, 0), ("n\n", 1, 1), ("", 1, 1)])
-def test_asking(run: Run, key: str, store: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int, left: int) -> None:
+def test_asking(
+    run: Run, key: str, store: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int, left: int
+) -> None:
     """On a terminal the answer decides, and no answer is no."""
     terminal = io.StringIO(answer)
     monkeypatch.setattr(terminal, "isatty", lambda: True)
@@ -601,9 +623,13 @@ def test_ambiguous_key_prefix_is_4(run: Run, tmp_path: Path, store: Path) -> Non
     assert len(list(store.glob("v*/entries/*/*.safetensors"))) == len(keys)
 
 
-@pytest.mark.parametrize("name", ["../../etc", "/etc", "..", "../v1", "v1/index.sqlite3", "*", "", "0/../../x", "a\x1b[2J"])
+@pytest.mark.parametrize(
+    "name", ["../../etc", "/etc", "..", "../v1", "v1/index.sqlite3", "*", "", "0/../../x", "a\x1b[2J"]
+)
 @pytest.mark.parametrize("verb", [["rm", "--yes"], ["pin"], ["unpin"], ["verify"]], ids=lambda words: words[0])
-def test_hostile_keys(run: Run, key: str, store: Path, monkeypatch: pytest.MonkeyPatch, verb: list[str], name: str) -> None:
+def test_hostile_keys(
+    run: Run, key: str, store: Path, monkeypatch: pytest.MonkeyPatch, verb: list[str], name: str
+) -> None:
     """A key is never a path: what is no key is 4 and touches no file."""
     monkeypatch.chdir(store)
     before = files_of(store.parent)

@@ -16,7 +16,10 @@ from quantcache.cache.settings import SETTINGS
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
-BLOCK = re.compile(r"(?P<mark><!--\s*not run:\s*(?P<reason>[^\n]*?)\s*-->\s*\n\s*)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```", re.M | re.S)
+BLOCK = re.compile(
+    r"(?P<mark><!--\s*not run:\s*(?P<reason>[^\n]*?)\s*-->\s*\n\s*)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
 EXIT_CODES = {0, 1, 2, 3, 4, 10, 11, 12, 13, 130}
 
 
@@ -52,8 +55,14 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 def commands_of(page: Path) -> list[tuple[str, str]]:
     """Return the command lines that a page shows: their verb, and the whole of it. Prose and Python do not count."""
     text = text_of(page)
-    shown = [line for found in BLOCK.finditer(text) if found["language"] not in ("python", "py") for line in found["code"].splitlines()]
+    shown = [
+        line
+        for found in BLOCK.finditer(text)
+        if found["language"] not in ("python", "py")
+        for line in found["code"].splitlines()
+    ]
     shown += re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
+    shown = [part for line in shown for part in re.split(r"&&|\|\||;|\s\|\s", line)]
     found = [re.match(r"(?:\$ )?quantcache ((?:-\S+ )*)([a-z]+)\b", line.strip()) for line in shown]
     return [(match[2], match.string) for match in found if match]
 
@@ -62,8 +71,12 @@ def commands_of(page: Path) -> list[tuple[str, str]]:
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of a page run from top to bottom, beside a small model.safetensors."""
     generator = np.random.default_rng(0)
-    names = [f"blocks.{n}.{part}.weight" for n in range(2) for part in ("att.key", "att.output", "ffn.key", "ffn.value")]
-    tensors = {name: generator.standard_normal((64, 128)).astype(np.float16) for name in [*names, "emb.weight", "head.weight"]}
+    names = [
+        f"blocks.{n}.{part}.weight" for n in range(2) for part in ("att.key", "att.output", "ffn.key", "ffn.value")
+    ]
+    tensors = {
+        name: generator.standard_normal((64, 128)).astype(np.float16) for name in [*names, "emb.weight", "head.weight"]
+    }
     save_file(tensors | {"blocks.0.ln1.weight": np.ones(128, np.float16)}, tmp_path / "model.safetensors")
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {"__name__": "__main__"}
@@ -82,9 +95,17 @@ def test_the_readme_shows_python() -> None:
 def test_blocks_are_found(tmp_path: Path) -> None:
     """A marked block is known from one that is run, and other languages are left out."""
     page = tmp_path / "page.md"
-    page.write_text("a\n```python\n1 / 0\n```\n<!-- not run: needs a GPU -->\n```python\nx\n```\n```sh\nquantcache ls\n```\n`quantcache du -n`")
+    page.write_text(
+        "a\n```python\n1 / 0\n```\n<!-- not run: needs a GPU -->\n```python\nx\n```\n"
+        "```sh\nquantcache ls\n```\n`quantcache du -n`, `quantcache ls && quantcache rm x`"
+    )
     assert python_of(page) == [(3, "1 / 0\n", None), (7, "x\n", "needs a GPU")]
-    assert commands_of(page) == [("ls", "quantcache ls"), ("du", "quantcache du -n")]
+    assert commands_of(page) == [
+        ("ls", "quantcache ls"),
+        ("du", "quantcache du -n"),
+        ("ls", "quantcache ls"),
+        ("rm", "quantcache rm x"),
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -99,7 +120,9 @@ def test_shown_commands_exist(page: Path) -> None:
 
 def sections() -> dict[str, str]:
     """Return what docs/cli.md says about each verb, by its headings."""
-    found = re.split(r"^### `([a-z]+)[^\n]*\n", text_of(DOCS / "cli.md").split("\n## Everywhere")[0], flags=re.M)
+    found = re.split(
+        r"^### `([a-z]+)[^\n]*\n", text_of(DOCS / "cli.md").split("\n## Everywhere")[0], flags=re.MULTILINE
+    )
     return dict(zip(found[1::2], found[2::2], strict=True))
 
 
@@ -120,13 +143,13 @@ def test_common_options_and_settings_are_documented() -> None:
     """docs/cli.md names every option that all verbs have, every setting and every exit code."""
     text = text_of(DOCS / "cli.md")
     assert {name for name in options_of(parsers()[""]) if f"`{name}" not in text} == set()
-    assert set(re.findall(r"^\| `(\w+)` \|", text.split("## Settings")[1], re.M)) == set(SETTINGS)
-    assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.M)} == EXIT_CODES
+    assert set(re.findall(r"^\| `(\w+)` \|", text.split("## Settings")[1], re.MULTILINE)) == set(SETTINGS)
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)} == EXIT_CODES
 
 
 def test_every_error_is_documented() -> None:
     """docs/errors.md has a row for every exception with its exit code, and for every warning; and for nothing else."""
-    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", text_of(DOCS / "errors.md"), re.M))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", text_of(DOCS / "errors.md"), re.MULTILINE))
     assert set(rows) == set(errors.__all__)
     for name, code in rows.items():
         assert code == str(getattr(getattr(errors, name), "exit_code", "-")), name

@@ -1,4 +1,4 @@
-"""Hold examples/rwkv7.py to the logits that RWKV-7's own runtime printed, from f32 weights and through the store."""
+"""Hold examples/rwkv7.py to the logits that rwkv.cpp keeps beside a checkpoint, from f32 weights and through the store."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def expected(expected_path: Path) -> Array:
 
 @pytest.fixture
 def uneven(checkpoint: Path, tmp_path: Path) -> Path:
-    """Return a copy whose weights need all 24 bits: those of the original came from 16-bit floats."""
+    """Return a copy whose weights need all 24 bits: the original's are float16 but for parts below 3e-8."""
     path = tmp_path / "uneven.safetensors"
     save_file({name: weight * np.float32(1.0003) for name, weight in load_file(checkpoint).items()}, path)
     return path
@@ -117,7 +117,6 @@ def test_fewer_bits_move_the_logits_further(
             logits = rwkv7.forward(dense(model), PROMPT)
         assert np.isfinite(logits).all()
         moved[quant] = distance(logits, expected)
-    print(moved)
     assert moved["f16"] < moved["int8"] < moved["nf4"] < np.abs(expected).max()
 
 

@@ -256,8 +256,7 @@ class Cache:
         Raises:
             CacheError: there is no room, or the store cannot be written.
         """
-        if self.readonly:
-            raise StoreReadOnlyError(f"the store {self.root} is read-only")
+        self._writable()
         slots = list(slots)
         remove_stale(self.folder / "tmp")
         self.make_room(sum(slot.nbytes for slot in slots))
@@ -392,6 +391,12 @@ class Cache:
         except FileNotFoundError as error:
             raise KeyNotFoundError(f"no entry has the key {key}") from error
 
+    def _writable(self) -> None:
+        if self.readonly:
+            raise StoreReadOnlyError(
+                f"the store {self.root} is read-only", hint="choose a folder that you may write to: --cache-dir or QUANTCACHE_DIR"
+            )
+
     def remove(self, key: str) -> int:
         """Delete an entry, file first; whoever has it mapped goes on reading it.
 
@@ -401,6 +406,7 @@ class Cache:
         Raises:
             StoreReadOnlyError, CacheError: it could not be deleted.
         """
+        self._writable()
         path = self.path_of(key)
         try:
             nbytes = path.stat().st_size
@@ -414,6 +420,7 @@ class Cache:
 
     def pin(self, key: str) -> None:
         """Keep an entry from being evicted or pruned."""
+        self._writable()
         try:
             (self.folder / "pins" / self.lookup(key).key).touch(mode=0o600)
         except OSError as error:
@@ -421,6 +428,7 @@ class Cache:
 
     def unpin(self, key: str) -> None:
         """Let an entry be evicted again."""
+        self._writable()
         try:
             (self.folder / "pins" / self.lookup(key).key).unlink(missing_ok=True)
         except OSError as error:

@@ -26,7 +26,7 @@ from quantcache.cache.blobs import StagedEntry, StoredEntry
 from quantcache.cache.key import Stamp, canonical, digest, fingerprint
 from quantcache.cache.settings import resolve
 from quantcache.cache.store import Cache
-from quantcache.errors import CacheError, QuantcacheWarning, UsageError
+from quantcache.errors import CacheError, QuantcacheWarning, StoreReadOnlyError, UsageError
 from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads, source_digest
 from quantcache.loader.plan import key_document, layer_key, native_names, plan
 from quantcache.loader.recipe import Recipe
@@ -217,6 +217,11 @@ class Model(Mapping[str, Tensor]):
         entries = [shard.entry or (shard.build.entry if shard.build else None) for shard in self._shards]
         return [entry.key for entry in entries if entry is not None]
 
+    @property
+    def unsaved(self) -> list[CacheError]:
+        """Why parts of the model are not stored; complete once it is closed."""
+        return [shard.build.unsaved for shard in self._shards if shard.build and shard.build.unsaved]
+
     # ---- the end ----
 
     def finish(self) -> None:
@@ -390,6 +395,7 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
     release: Callable[[], None] | None = None
     staged: StagedEntry | None = None
     jobs = None
+    unsaved: CacheError | None = None
     if cache is not None:
         found = _look(shard, cache, options, stamp, seen_ns)
         if shard.entry is not None:
@@ -406,16 +412,20 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
                 jobs = plan(source, recipe)
                 staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
             except CacheError as error:
+                unsaved = error
                 _unsaved(source, error)
             except BaseException:
                 if release:
                     release()
                 raise
         else:
-            _unsaved(source, CacheError("the store is read-only"), quiet=options.mode == "readonly")
+            unsaved = StoreReadOnlyError(f"the store {cache.root} is read-only")
+            if options.mode != "readonly":
+                _unsaved(source, unsaved)
     if jobs is None:
         jobs = plan(source, recipe)
     shard.build = Build(source, recipe, jobs, cache if staged else None, staged, found, release, stamp, seen_ns)
+    shard.build.unsaved = unsaved
 
 
 def _look(shard: _Shard, cache: Cache, options: _Options, stamp: Stamp, seen_ns: int) -> str | None:
@@ -441,9 +451,8 @@ def _look(shard: _Shard, cache: Cache, options: _Options, stamp: Stamp, seen_ns:
     return found
 
 
-def _unsaved(source: Source, error: CacheError, *, quiet: bool = False) -> None:
-    if not quiet:
-        warnings.warn(f"{source.path.name} is loaded but not saved: {error.message}", QuantcacheWarning, stacklevel=4)
+def _unsaved(source: Source, error: CacheError) -> None:
+    warnings.warn(f"{source.path.name} is loaded but not saved: {error.message}", QuantcacheWarning, stacklevel=4)
 
 
 def _array(entry: StoredEntry, key: str) -> Array:

@@ -137,6 +137,7 @@ class Build:
     tasks: dict[str, _Task] = field(default_factory=dict)
     entry: StoredEntry | None = None
     published: bool = False
+    unsaved: CacheError | None = None
 
     def __post_init__(self) -> None:
         """Prepare the tasks."""
@@ -325,6 +326,7 @@ class Pipeline:
         """Go on in memory after the store failed; say so once."""
         with self._changed:
             cache, build.cache = build.cache, None
+            build.unsaved = build.unsaved or error
             for task in build.tasks.values():
                 if not task.done and not task.active and task.target is build.staged:
                     task.target = build.memory

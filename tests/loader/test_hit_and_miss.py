@@ -77,7 +77,7 @@ def test_miss_then_hit(model_path: Path, tmp_path: Path, quant: str) -> None:
 
 
 def test_entry_opens_with_the_library(model_path: Path, tmp_path: Path) -> None:
-    """safetensors opens an entry and reads the same codes, under bitsandbytes' names."""
+    """Safetensors opens an entry and reads the same codes, under bitsandbytes' names."""
     load_all(model_path, tmp_path / "c")
     (entry,) = entries(tmp_path / "c")
     expected = quantize("nf4", tensors()[WEIGHT])[1]
@@ -266,7 +266,7 @@ def test_full_disk_halfway(model_path: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_modes(model_path: Path, tmp_path: Path) -> None:
-    """off neither looks nor stores, readonly looks, refresh builds again."""
+    """Off neither looks nor stores, readonly looks, refresh builds again."""
     cache = tmp_path / "c"
     _, right = load_all(model_path, cache, mode="off")
     assert not cache.exists()
