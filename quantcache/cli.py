@@ -120,7 +120,8 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
     from quantcache.loader.model import load
 
     rules = [_parse_rule(text) for text in options.rule]
-    done, failed, code = [], 0, 1
+    done: list[dict[str, Any]] = []
+    failed, code = 0, 1
     with _cache(options, create=True) as cache:
         for path in options.paths:
             start = time.monotonic()
@@ -137,6 +138,7 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
                     raise
                 output.problem("error", str(error), error.hint)
                 failed += 1
+                done.append({"path": str(path), "state": "failed", "error": str(error), "hint": error.hint})
                 continue
             took = time.monotonic() - start
             stored, came = sum(r.nbytes for r in reports), sum(r.source_nbytes for r in reports)
@@ -436,7 +438,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-v", "--verbose", action="store_true", default=hide, help="tracebacks, too")
     add("--no-progress", action="store_true", default=hide, help="no bars")
     add("--no-color", action="store_true", default=hide, help="no colours")
-    add("--threads", type=int, metavar="N", default=hide, help="0: one per core")
+    add("--threads", type=_type(settings_of.parse_threads), metavar="N", default=hide, help="0: one per core")
     add("--limit-size", metavar="SIZE", default=hide, help="the store's max_size (200GB)")
     add("--limit-free", metavar="SHARE", default=hide, help="the disk's keep_free (5%%)")
     add("--lock-timeout", type=_TIME, metavar="TIME", default=hide, help="for another process's build")
@@ -474,9 +476,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.verb:
             parser.print_help(sys.stderr)
             return 2
-        warnings.showwarning = lambda message, *_, **__: output.problem("warning", str(message))
-        warnings.simplefilter("always")
-        code = _VERBS[options.verb][0](options, output)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: output.problem("warning", str(message))
+            warnings.simplefilter("always")
+            code = _VERBS[options.verb][0](options, output)
         sys.stdout.flush()
         return code
     except SystemExit as error:  # argparse

@@ -13,7 +13,7 @@ from typing import Any
 
 from quantcache.errors import UsageError
 
-__all__ = ["SETTINGS", "Setting", "parse_duration", "parse_share", "parse_size", "resolve"]
+__all__ = ["SETTINGS", "Setting", "parse_duration", "parse_share", "parse_size", "parse_threads", "resolve"]
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12,
           "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
@@ -73,7 +73,8 @@ def _choice(*allowed: str) -> Any:
     return parse
 
 
-def _threads(text: str | int) -> int:
+def parse_threads(text: str | int) -> int:
+    """Return a number of threads; 0 is one per core."""
     try:
         count = int(text)
     except ValueError:
@@ -89,11 +90,10 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "max_size": (parse_size, 200 * 10**9),
     "keep_free": (parse_share, "5%"),
     "policy": (_choice("lru", "size", "cost"), "lru"),
-    "threads": (_threads, 0),
+    "threads": (parse_threads, 0),
     "verify": (_choice("touch", "open", "off"), "touch"),
     "mode": (_choice("auto", "off", "readonly", "refresh"), "auto"),
     "lock_timeout": (parse_duration, None),
-    "kernel": (str, "auto"),
 }
 
 

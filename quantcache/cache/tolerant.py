@@ -47,7 +47,7 @@ def row_of(entry: StoredEntry, used_s: float) -> EntryRow:
         source_nbytes=int(source.get("size", 0)),
         source_path=str(built.get("path", "")),
         recipe=str(built.get("recipe", "")),
-        tensors=len(header.slots),
+        tensors=len(header.records if isinstance(header.records, list) else header.slots),
         created_s=float(built.get("created", used_s)),
         used_s=used_s,
         hits=0,

@@ -92,6 +92,14 @@ def _max_f16(rng: np.random.Generator, n: int) -> Array:
     return rng.choice([65504.0, -65504.0, 65503.9, 6.1e-5, 0.0, 1.0], n)
 
 
+def _half_ties(rng: np.random.Generator, n: int) -> Array:
+    halves = rng.integers(0, 0x7BFF, n).astype(np.uint16)  # halfway to the next float16, and one float32 to either side
+    low, high = (bits.view(np.float16).astype(np.float32) for bits in (halves, halves + np.uint16(1)))
+    middle = (low + high) / np.float32(2)
+    beside = middle.view(np.int32) + rng.integers(-1, 2, n).astype(np.int32)
+    return beside.view(np.float32) * rng.choice([-1.0, 1.0], n)
+
+
 def _over_f16(rng: np.random.Generator, n: int) -> Array:
     return rng.standard_normal(n) * np.where(np.arange(n) == n // 2, 1e6, 1.0) + np.where(np.arange(n) == n // 2, 7e4, 0)
 
@@ -112,7 +120,7 @@ FAMILIES = {
     family.__name__.lstrip("_"): family
     for family in (
         _gaussian, _wide, _tiny, _denormals, _half_denormals, _zeros, _zero_runs, _constant_groups, _ties, _half_steps,
-        _rows_of_127, _max_f16, _over_f16, _huge, _far_from_zero, _outliers,
+        _rows_of_127, _max_f16, _half_ties, _over_f16, _huge, _far_from_zero, _outliers,
     )
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 
 from quantcache.quant import native
 from quantcache.quant.codec import Scratch, Status, codec, quantize
+from quantcache.quant.codecs import nf4
 from quantcache.quant.codecs.nf4 import MIDDLES, NESTED_MAP, NESTED_MIDDLES, TABLE, reference
 
 Switch = Callable[[str], None]
@@ -153,16 +154,31 @@ def test_quant_state(codec_id: str, dtype: type, name: str, shape: tuple[int, in
     assert state == expected
 
 
-@pytest.mark.parametrize("scale", [1e-45, 1.2345678e-38, 3.3333333e-20, 1.0, 1.2345678e37, 3.4e38])
-def test_quant_state_has_room_for_any_offset(scale: float) -> None:
-    """The JSON has the declared length however many characters the offset takes."""
+def test_quant_state_has_room_for_any_offset() -> None:
+    """The JSON has the length that was declared before the offset was known, however many characters that takes."""
+    shapes = [(10**rows, 64 * 10**columns) for rows in range(8) for columns in range(9)]  # every remainder of 64
+    lengths = set()
+    for shape in shapes:
+        declared = nf4._quant_state(shape, "F32", 0.0).size
+        assert declared % 64 == 0
+        for scale in (1e-45, 1.2345678e-38, 3.3333333e-20, 1.0, 1.2345678e37, 3.4e38):
+            offset = float(F32(scale))
+            state = nf4._quant_state(shape, "F32", offset)
+            assert state.size == declared
+            assert json.loads(state.tobytes())["nested_offset"] == offset
+        lengths.add(declared)
+    assert len(lengths) > 1
+
+
+def test_quant_state_of_an_encoder() -> None:
+    """What finish() returns has the declared length and holds the mean."""
     encoder = codec("nf4-dq").encoder("X.weight", (2, 64), "F32", "")
     declared = {part.name: part.nbytes for part in encoder.parts}
-    status, _ = encoder.encode(np.full(128, scale, F32), 0, Scratch())
+    status, _ = encoder.encode(np.full(128, 1.2345678e-38, F32), 0, Scratch())
     assert status == Status.OK
     state = encoder.finish()["quant_state"]
     assert state.nbytes == declared["quant_state"]
-    assert np.float32(json.loads(state.tobytes())["nested_offset"]) == np.float32(scale)
+    assert json.loads(state.tobytes())["nested_offset"] == float(F32(1.2345678e-38))
 
 
 @both

@@ -1,0 +1,141 @@
+"""An entry file is a standard safetensors file without holes, and every byte of its header is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from quantcache.cache.blobs import StoredEntry
+from quantcache.cache.container import (
+    ALIGNMENT,
+    Slot,
+    arrange,
+    build_header,
+    parse_header,
+    reserve_header,
+    slot_digest,
+)
+from quantcache.cache.key import CONTAINER_VERSION, combine, digest
+from quantcache.cache.store import Cache
+from quantcache.errors import CorruptEntryError, StoreTooNewError
+
+ITEMSIZE = {"U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "F32": 4, "U32": 4, "I64": 8, "F64": 8}
+
+shapes = st.lists(st.integers(0, 70), max_size=3).map(tuple)
+slot_lists = st.lists(st.tuples(st.sampled_from(sorted(ITEMSIZE)), shapes, st.integers(0, 3)), max_size=12).map(
+    lambda found: [Slot(f"t{n}", dtype, shape, 4096, layer) for n, (dtype, shape, layer) in enumerate(found)]
+)
+
+
+@given(slot_lists)
+def test_no_holes_and_aligned(slots: list[Slot]) -> None:
+    """Whatever the tensors, they follow each other without a hole, each at a multiple of its element size."""
+    offsets, total = arrange(slots)
+    assert offsets.keys() == {slot.key for slot in slots}
+    end = 0
+    for slot in sorted(slots, key=lambda slot: (offsets[slot.key], slot.nbytes)):
+        assert offsets[slot.key] == end
+        assert end % ITEMSIZE[slot.dtype] == 0
+        end += slot.nbytes
+    assert end == total == sum(slot.nbytes for slot in slots)
+
+
+@given(slot_lists)
+def test_whole_lines_start_at_64_bytes(slots: list[Slot]) -> None:
+    """A tensor of whole cache lines starts at one, however ragged the others are; those stand by layer."""
+    offsets, _ = arrange(slots)
+    whole = [slot for slot in slots if slot.nbytes and slot.nbytes % 64 == 0]
+    assert all(offsets[slot.key] % 64 == 0 for slot in whole)
+    layers = [slot.layer for slot in sorted(whole, key=lambda slot: offsets[slot.key])]
+    assert layers == sorted(layers)
+
+
+@given(slot_lists, st.text(max_size=40))
+def test_header_reads_back(slots: list[Slot], text: str) -> None:
+    """What was written comes back, data starts at a page, and the reserved length is enough."""
+    digests = {slot.key: f"{n:032x}" for n, slot in enumerate(slots)}
+    details: dict[str, Any] = {"document": {"text": text}, "records": [text], "built": {"path": text}}
+    head = build_header(slots, digests, **details)
+    offsets, nbytes = arrange(slots)
+    found = parse_header(head, len(head) + nbytes)
+    assert len(head) % ALIGNMENT == 0
+    assert found.offsets == {key: len(head) + offset for key, offset in offsets.items()}
+    assert (found.document, found.records, found.built, found.digests) == (*details.values(), digests)
+    assert {(slot.key, slot.dtype, slot.shape) for slot in found.slots.values()} == {
+        (slot.key, slot.dtype, slot.shape) for slot in slots
+    }
+    reserved = reserve_header(slots, records=[text])
+    assert len(build_header(slots, digests, length=reserved, **details)) == reserved
+
+
+def test_header_that_does_not_fit() -> None:
+    """A header longer than its place is refused, never cut."""
+    with pytest.raises(ValueError, match="does not fit"):
+        build_header([], {}, document={}, records=["x" * 5000], built={}, length=4096)
+
+
+def test_every_flipped_byte_of_a_header(store: Cache, put: Callable[..., StoredEntry]) -> None:
+    """No byte of length, JSON or padding can change unseen."""
+    entry = put(store, 0, nbytes=100)
+    head = bytearray(entry.memory[: min(entry.header.offsets.values())])
+    assert parse_header(bytes(head), entry.header.nbytes).document == entry.header.document
+    for position in range(len(head)):
+        for mask in (0x01, 0x20):
+            head[position] ^= mask
+            with pytest.raises((CorruptEntryError, StoreTooNewError)):
+                parse_header(bytes(head), entry.header.nbytes)
+            head[position] ^= mask
+
+
+@pytest.mark.parametrize("by", [-1, 1, 4096])
+def test_length_of_the_file_is_exact(store: Cache, put: Callable[..., StoredEntry], by: int) -> None:
+    """A file that is a byte too short or too long is no entry."""
+    entry = put(store, 0)
+    with pytest.raises(CorruptEntryError):
+        parse_header(bytes(entry.memory), entry.header.nbytes + by)
+
+
+def test_newer_container() -> None:
+    """A newer version is said to be newer, not to be damaged."""
+    head = build_header([], {}, document={}, records=[], built={})
+    newer = head.replace(b'\\"container\\":%d' % CONTAINER_VERSION, b'\\"container\\":%d' % (CONTAINER_VERSION + 1))
+    assert newer != head
+    with pytest.raises(StoreTooNewError):
+        parse_header(newer, len(newer))
+
+
+def test_library_opens_an_entry(
+    store: Cache, put: Callable[..., StoredEntry], content: Callable[[int, int], dict[str, Any]]
+) -> None:
+    """The safetensors library opens an entry and reads the same bytes."""
+    entry = put(store, 5, nbytes=9000)
+    with safe_open(entry.path, "numpy") as file:
+        assert set(file.keys()) == {"codes", "scales"}
+        for key, array in content(5, 9000).items():
+            np.testing.assert_array_equal(file.get_tensor(key), array)
+            assert bytes(entry.view(key)) == array.tobytes()
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 4097, 10_000])
+def test_digest_of_a_tensor(nbytes: int) -> None:
+    """A tensor's digest is that of the digests of its pieces, wherever it lies."""
+    raw = np.random.default_rng(nbytes).integers(0, 256, nbytes + 7, np.uint8).tobytes()
+    pieces = [digest(raw[7 + start : 7 + min(start + 4096, nbytes)]) for start in range(0, nbytes, 4096)]
+    assert slot_digest(memoryview(raw), Slot("x", "U8", (nbytes,), 4096), 7) == combine(pieces)
+
+
+def test_link_is_no_entry(store: Cache, put: Callable[..., StoredEntry], tmp_path: Path) -> None:
+    """A symbolic link in the place of an entry is refused."""
+    entry = put(store, 0)
+    elsewhere = tmp_path / "elsewhere"
+    entry.path.rename(elsewhere)
+    entry.path.symlink_to(elsewhere)
+    with pytest.raises(CorruptEntryError, match="symbolic link"):
+        StoredEntry(entry.key, entry.path)
