@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from quantcache.errors import SourceError, SourceNotFoundError
+from quantcache.errors import SourceError, SourceNotFoundError, UsageError
 from quantcache.loader.mapping import MappedFile
 from quantcache.tensor import TensorInfo, array_dtype
 
@@ -78,7 +78,13 @@ _registry: dict[str, Format] = {}
 
 
 def register(cls: type[Format]) -> type[Format]:
-    """Enter a format class in the registry."""
+    """Enter a format class in the registry.
+
+    Raises:
+        UsageError: another format has that id already.
+    """
+    if cls.id in _registry:
+        raise UsageError(f"two formats are called {cls.id!r}")
     _registry[cls.id] = cls()
     return cls
 
@@ -212,8 +218,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> list[Source]:
 
 def _snapshot(folder: Path) -> Path:
     """Return the current snapshot of a hub's cache folder (`models--org--name`), else the folder itself."""
+    reference = folder / "refs" / "main"
     try:
-        revision = (folder / "refs" / "main").read_text().strip()
+        revision = reference.read_text().strip() if reference.is_file() else ""  # a FIFO would wait for a writer
     except (OSError, UnicodeDecodeError):
         return folder
     snapshot = folder / "snapshots" / revision

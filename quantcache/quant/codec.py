@@ -164,7 +164,9 @@ class Codec(ABC):
 
         Raises:
             UsageError: `out` has another shape or type, or is not contiguous and writable.
+            CodecError: the parts are not those of a tensor of this shape.
         """
+        self._check_parts(parts, shape)
         if out is None:
             out = np.empty(shape, array_dtype(dtype))
         elif out.shape != shape or out.dtype != array_dtype(dtype):
@@ -173,6 +175,26 @@ class Codec(ABC):
             raise UsageError("out must be C-contiguous and writable")
         self.dequantize_into(parts, out, dtype)
         return out
+
+
+    def _check_parts(self, parts: Mapping[str, Array], shape: tuple[int, ...]) -> None:
+        """Compare sizes and types with the layout: a kernel believes what it is told."""
+        reason = self.refuses(shape)
+        if reason:
+            raise CodecError(f"{self.id} does not store weights of shape {shape}: {reason}")
+        problem = ""
+        for variant in self.variants:
+            wanted = [p for p in self.encoder("X.weight", shape, "F32", variant).parts if p.name in parts]
+            wrong = [
+                p for p in wanted
+                if p.name != "quant_state"  # its length depends on the source's type
+                and (parts[p.name].dtype != array_dtype(p.dtype) or parts[p.name].nbytes != p.nbytes)
+            ]  # fmt: skip
+            if not wrong:
+                return
+            part = wrong[0]
+            problem = f"{part.name} must be {part.dtype} {part.shape}, not {parts[part.name].dtype} {parts[part.name].shape}"
+        raise CodecError(f"not the parts of a {self.id} tensor of shape {shape}: {problem}")
 
 
 _registry: dict[str, Codec] = {}

@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> Cache:
 
 @pytest.fixture
 def put() -> Callable[..., StoredEntry]:
-    """Return a function that builds a numbered entry: put(cache, number, nbytes=..., path=...)."""
+    """Return a function that builds a numbered entry in a given cache."""
 
     def build_entry(cache: Cache, number: int, *, nbytes: int = 10_000, path: str = "") -> StoredEntry:
         arrays = _content(number, nbytes)

@@ -437,3 +437,25 @@ JSON = st.recursive(
 def test_fuzzed_json(tmp_path: Path, entries: dict[str, Any], size: int) -> None:
     """A header of any JSON opens, or is refused: nothing else happens."""
     _open_and_read(_file(tmp_path, entries, bytes(size)))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "refs/main"])
+def test_fifo_in_a_folder(tmp_path: Path, name: str) -> None:
+    """A pipe where an index or a revision should be is refused, not waited for."""
+    import multiprocessing
+    import os
+
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    process = multiprocessing.get_context("spawn").Process(target=_expect_refusal, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    waiting = process.is_alive()
+    process.kill()
+    assert not waiting
+    assert process.exitcode == 0
+
+
+def _expect_refusal(folder: Path) -> None:
+    with pytest.raises(SourceError):
+        open_checkpoint(folder)

@@ -159,3 +159,13 @@ def test_status_numbers_are_those_of_the_kernels() -> None:
     header = (Path(codec_module.__file__).parent / "kernel.h").read_text()
     for status in Status:
         assert f"QC_{status.name} = {status.value}" in header
+
+
+@pytest.mark.parametrize("codec_id", codec_ids())
+def test_parts_of_another_shape_are_refused(codec_id: str) -> None:
+    """Decoding checks what it is given: a kernel would read behind the end of parts that are too small."""
+    _, parts = quantize(codec_id, np.ones((1, 128), np.float32))
+    with pytest.raises(CodecError, match="not the parts"):
+        codec(codec_id).dequantize(parts, (64, 128), "F32")
+    with pytest.raises(CodecError, match="not the parts"):
+        codec(codec_id).dequantize({name: part.astype(np.float64) for name, part in parts.items()}, (1, 128), "F32")

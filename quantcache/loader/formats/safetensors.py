@@ -168,6 +168,8 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
 def _weight_map(index: Path) -> dict[str, str]:
     """Read an index: tensor -> file name. A name that leads elsewhere is refused: no name becomes a path."""
     try:
+        if not index.is_file():  # a FIFO would wait for a writer
+            raise SourceError("not a regular file", path=index)
         if index.stat().st_size > MAX_INDEX:
             raise SourceError(f"an index of more than {MAX_INDEX} bytes", path=index)
         content = _load_json(index.read_bytes(), index, "the index")

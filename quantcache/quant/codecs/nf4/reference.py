@@ -83,7 +83,10 @@ def mean(absmax: NDArray[np.float32]) -> np.float32:
     total = np.zeros(8)
     for start in range(0, len(lanes), 1 << 16):  # np.add.reduce over axis 0 adds row after row
         total = np.add.reduce(np.vstack([total[None], lanes[start : start + (1 << 16)]]), axis=0)
-    return F32(sum(total.tolist()) / absmax.size)
+    whole = 0.0
+    for lane in total.tolist():  # not sum(): since Python 3.12 that compensates, and gives other bits
+        whole += lane
+    return F32(whole / absmax.size)
 
 
 def encode_absmax(
