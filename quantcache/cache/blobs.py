@@ -40,6 +40,8 @@ except ImportError:  # Windows: stale files are told by their age alone
 __all__ = ["StagedEntry", "StoredEntry", "quarantine", "remove_stale", "store_error"]
 
 _STALE_S = 24 * 3600.0
+#: A map starts at a multiple of this: 4 KiB on most machines, 16 or 64 KiB on some arm64 ones.
+_MAP_ALIGNMENT = max(ALIGNMENT, mmap.ALLOCATIONGRANULARITY)
 
 
 def store_error(action: str, error: OSError) -> CacheError:
@@ -81,13 +83,13 @@ class StagedEntry:
             raise store_error(f"cannot create a file in {folder}", error) from error
         try:
             allocate(self._descriptor, self._end)
+            self._main = mmap.mmap(self._descriptor, self._end, access=mmap.ACCESS_READ)
         except OSError as error:
             self.discard()
             raise store_error(f"cannot reserve {self._end} bytes in {folder}", error) from error
         except BaseException:
             self.discard()
             raise
-        self._main = mmap.mmap(self._descriptor, self._end, access=mmap.ACCESS_READ)
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +104,7 @@ class StagedEntry:
             for slot in new:
                 self.slots[slot.key] = slot
                 self._digests[slot.key] = [None] * slot.chunks
-                start = -(-self._end // ALIGNMENT) * ALIGNMENT
+                start = -(-self._end // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
                 self.offsets[slot.key] = start
                 self._end = start + slot.nbytes
             self._rearrange = True
@@ -125,9 +127,7 @@ class StagedEntry:
         view = memoryview(buffer).cast("B")
         start = self.offsets[key] + position
         try:
-            written = 0
-            while written < len(view):
-                written += os.pwrite(self._descriptor, view[written:], start + written)
+            _write_all(self._descriptor, view, start)
         except OSError as error:
             raise store_error("cannot write the staged file", error) from error
         if len(view):
@@ -140,7 +140,12 @@ class StagedEntry:
             return memoryview(self._main)[start : start + slot.nbytes]
         with self._lock:
             if key not in self._maps:
-                mapped = mmap.mmap(self._descriptor, slot.nbytes, access=mmap.ACCESS_READ, offset=start)
+                if self._descriptor < 0:
+                    raise CacheError(f"tensor {key!r} of the staged file is not mapped any more")
+                try:
+                    mapped = mmap.mmap(self._descriptor, slot.nbytes, access=mmap.ACCESS_READ, offset=start)
+                except OSError as error:
+                    raise store_error("cannot map the staged file", error) from error
                 self._maps[key] = memoryview(mapped)
             return self._maps[key]
 
@@ -170,7 +175,7 @@ class StagedEntry:
                     header = build_header(self.slots.values(), digests, length=self._header_nbytes, **details)
             if header is None:
                 header = self._rewrite(build_header(self.slots.values(), digests, **details))
-            os.pwrite(self._descriptor, header, 0)
+            _write_all(self._descriptor, memoryview(header), 0)
             os.fsync(self._descriptor)
             nbytes = os.fstat(self._descriptor).st_size
             if not target.parent.is_dir():
@@ -211,7 +216,7 @@ class StagedEntry:
     def discard(self) -> None:
         """Remove the file; views stay valid."""
         if hasattr(self, "_main"):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(CacheError, ValueError):
                 self._map_replaced()
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
@@ -229,6 +234,13 @@ def _create(path: Path) -> int:
         with contextlib.suppress(OSError):  # where locks do not work, age decides
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
+
+
+def _write_all(descriptor: int, view: memoryview, start: int) -> None:
+    """Write everything: a quota or a signal may cut one call short."""
+    written = 0
+    while written < len(view):
+        written += os.pwrite(descriptor, view[written:], start + written)
 
 
 def _copy(source: int, start: int, target: int, to: int, nbytes: int) -> None:

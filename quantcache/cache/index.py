@@ -118,10 +118,11 @@ class Index:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a COMMIT that was refused leaves it open
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def _rows(self, where: str = "", values: tuple[object, ...] = ()) -> list[EntryRow]:
         names = ", ".join(field.name for field in fields(EntryRow))

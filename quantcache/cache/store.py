@@ -32,7 +32,7 @@ from quantcache.cache.filesystem import make_private, tree_nbytes
 from quantcache.cache.index import EntryRow
 from quantcache.cache.key import CONTAINER_VERSION, Stamp, canonical, key_of
 from quantcache.cache.settings import parse_share, parse_size, resolve
-from quantcache.cache.tolerant import KEY, TolerantIndex, entry_files, row_of
+from quantcache.cache.tolerant import KEY, TolerantIndex, entry_files, row_of, storable
 from quantcache.errors import (
     CacheError,
     CorruptEntryError,
@@ -94,8 +94,12 @@ class Cache:
         self._lock = threading.RLock()
         self._pending: dict[str, int] = {}
         self._counts: dict[str, float] = {}
-        if not self.folder.is_dir():
-            newer = [p.name for p in self.root.glob("v[0-9]*") if p.name[1:].isdigit() and int(p.name[1:]) > CONTAINER_VERSION]
+        if not os.path.isdir(self.folder):
+            try:
+                versions = [p.name for p in self.root.glob("v[0-9]*") if p.name[1:].isdigit()]
+            except OSError:
+                versions = []
+            newer = [name for name in versions if int(name[1:]) > CONTAINER_VERSION]
             if newer and not create:
                 raise StoreTooNewError(f"the store {self.root} has only {newer[0]}, this program reads v{CONTAINER_VERSION}")
             if readonly or not create:
@@ -109,7 +113,7 @@ class Cache:
                 if not tag.exists():
                     tag.write_text(_TAG)
             except OSError as error:
-                if not self.folder.is_dir():
+                if not os.path.isdir(self.folder):
                     raise store_error(f"cannot make a store in {self.root}", error) from error
                 self.readonly = True
             if not os.access(self.folder / "entries", os.W_OK):
@@ -155,13 +159,14 @@ class Cache:
             return None
         return entry
 
-    def damaged(self, key: str, why: str) -> None:
-        """Move a damaged entry out of the way and say so."""
+    def damaged(self, key: str, why: str) -> bool:
+        """Move a damaged entry out of the way and say so; return whether it could be moved."""
         moved = None if self.readonly else quarantine(self.path_of(key), self.folder / "quarantine")
         if moved:
             self.index.call(lambda index: index.remove([key]), None)
         where = "moved to quarantine" if moved else "left where it is (read-only store)"
         warnings.warn(f"damaged entry {key[:12]} {where}: {why}", QuantcacheWarning, stacklevel=3)
+        return moved is not None
 
     def used(self, entry: StoredEntry, *, saved_s: float) -> None:
         """Note a hit; written at most once a minute an entry, the rest when the cache is closed."""
@@ -200,7 +205,7 @@ class Cache:
     def record_source(self, stamp: Stamp, digest: str, path: Path, seen_ns: int) -> None:
         """Remember a source's digest; `seen_ns` is when the stamp was taken."""
         if not self.readonly:
-            self.index.call(lambda index: index.put_source(stamp, digest, str(path), seen_ns), None)
+            self.index.call(lambda index: index.put_source(stamp, digest, storable(path), seen_ns), None)
 
     def knows(self, fingerprint: str) -> bool:
         """Return whether a source with this fingerprint may have an entry."""
@@ -209,7 +214,7 @@ class Cache:
     def record_model(self, path: Path, recipe: str, keys: list[str]) -> None:
         """Remember which entries make up a checkpoint."""
         if not self.readonly:
-            self.index.call(lambda index: index.put_model(str(path), recipe, keys), None)
+            self.index.call(lambda index: index.put_model(storable(path), recipe, keys), None)
 
     # ---- building ----
 
@@ -270,15 +275,16 @@ class Cache:
         """
         short = self.over_limits(nbytes)
         if short > 0:
-            for path in sorted((self.folder / "quarantine").glob("*")):
-                with contextlib.suppress(OSError):
-                    short -= path.stat().st_size
-                    path.unlink()
-        if short > 0:
-            for row in policies.choose(self.entries(), short, self.policy, self.pinned()):
-                self.remove(row.key)
-                self.tally(evicted=1, bytes_evicted=row.nbytes)
-            short = self.over_limits(nbytes)
+            spare = tree_nbytes(self.folder / "quarantine")
+            chosen = policies.choose(self.entries(), short - spare, self.policy, self.pinned())
+            if sum(row.nbytes for row in chosen) + spare >= short:  # else nothing is given up in vain
+                for path in sorted((self.folder / "quarantine").glob("*")):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                for row in chosen:
+                    self.remove(row.key)
+                    self.tally(evicted=1, bytes_evicted=row.nbytes)
+                short = self.over_limits(nbytes)
         if short > 0:
             raise CacheError(
                 f"{nbytes} bytes do not fit the store's limits (max_size {self.max_size}, keep_free {self.keep_free})",
@@ -315,7 +321,10 @@ class Cache:
         key = key_of(document)
         path = self.path_of(key)
         staged.publish(path, document=document, records=records, built=built)
-        entry = StoredEntry(key, path)
+        try:
+            entry = StoredEntry(key, path)
+        except OSError as error:
+            raise store_error(f"entry {key} was removed as soon as it was published", error) from error
         self.index.call(lambda index: index.put([row_of(entry, time.time())]), None)
         return entry
 
@@ -338,12 +347,19 @@ class Cache:
             if entry is not None:
                 return entry
             start = time.monotonic()
-            staged, records = build(self.stage)
-            built = {"seconds": round(time.monotonic() - start, 3), "created": time.time()}
+            made: list[StagedEntry] = []
+
+            def stage(slots: Iterable[Slot], records: Any) -> StagedEntry:
+                made.append(self.stage(slots, records))
+                return made[-1]
+
             try:
+                staged, records = build(stage)
+                built = {"seconds": round(time.monotonic() - start, 3), "created": time.time()}
                 return self.publish(staged, document=document, records=records, built=built)
             except BaseException:
-                staged.discard()
+                for left in made:
+                    left.discard()
                 raise
 
     # ---- looking after it ----
@@ -376,9 +392,9 @@ class Cache:
     def keys_of_model(self, path: Path) -> list[str]:
         """Return the keys that were built for a checkpoint's path."""
         nothing: list[str] = []
-        known = self.index.call(lambda index: index.model_keys(str(path)), nothing)
+        known = self.index.call(lambda index: index.model_keys(storable(path)), nothing)
         rows = self.entries()
-        return [row.key for row in rows if row.key in known or row.source_path == str(path)]
+        return [row.key for row in rows if row.key in known or row.source_path == storable(path)]
 
     def open(self, key: str) -> StoredEntry:
         """Open an entry by its whole key.

@@ -38,22 +38,33 @@ def entry_files(folder: Path) -> list[Path]:
 def row_of(entry: StoredEntry, used_s: float) -> EntryRow:
     """Return the row that an entry's own header gives."""
     header, built = entry.header, entry.header.built
-    source = header.document.get("source", {}) if isinstance(header.document, dict) else {}
+    source = header.document.get("source") if isinstance(header.document, dict) else None
+    source = source if isinstance(source, dict) else {}  # another loader's document may say anything
     return EntryRow(
         key=entry.key,
         nbytes=header.nbytes,
-        fingerprint=str(built.get("fingerprint", "")),
-        source_digest=str(source.get("digest", "")),
-        source_nbytes=int(source.get("size", 0)),
-        source_path=str(built.get("path", "")),
-        recipe=str(built.get("recipe", "")),
+        fingerprint=storable(built.get("fingerprint", "")),
+        source_digest=storable(source.get("digest", "")),
+        source_nbytes=int(_number(source.get("size"))),
+        source_path=storable(built.get("path", "")),
+        recipe=storable(built.get("recipe", "")),
         tensors=len(header.records if isinstance(header.records, list) else header.slots),
-        created_s=float(built.get("created", used_s)),
+        created_s=_number(built.get("created", used_s)),
         used_s=used_s,
         hits=0,
-        build_s=float(built.get("seconds", 0.0)),
+        build_s=_number(built.get("seconds")),
         checked_s=0.0,
     )
+
+
+def storable(text: object) -> str:
+    """Return a text that SQLite takes: a path may hold bytes that are not UTF-8."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def _number(value: object) -> float:
+    """Return a number that SQLite takes, or 0."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1 << 62 else 0.0
 
 
 class TolerantIndex:
@@ -88,6 +99,9 @@ class TolerantIndex:
                     self.close()
                     with contextlib.suppress(sqlite3.Error):
                         self._index = self._replace(str(error))
+                except (ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
+                    self._warn(f"the index cannot be used: {error}")
+                    return default
             return default
 
     def rebuild(self) -> int:
@@ -158,7 +172,7 @@ class TolerantIndex:
     def _scan_into(self, index: Index) -> Index:
         rows = []
         for path in entry_files(self._folder):
-            with contextlib.suppress(CacheError, OSError):
+            with contextlib.suppress(CacheError, OSError, ValueError, TypeError, AttributeError, OverflowError):
                 rows.append(row_of(StoredEntry(path.stem, path), path.stat().st_mtime))
         if rows:
             index.put(rows)

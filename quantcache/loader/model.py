@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -64,6 +65,7 @@ class _Shard:
         self.build: Build | None = None
         self.pipeline: Pipeline | None = None
         self.checked: set[str] = set()
+        self.lock = threading.RLock()
 
     def serve(self, entry: StoredEntry) -> None:
         self.entry = entry
@@ -132,12 +134,15 @@ class Model(Mapping[str, Tensor]):
     def _make(self, shard: _Shard, name: str) -> Tensor:
         if name in shard.native:
             return _native(shard.source, shard.native[name])
-        if shard.entry is not None:
-            record, entry = shard.records[name], shard.entry
-            keys = list(record["parts"].values())
-            if self._options.verify == "off" or self._intact(shard, entry, keys):
-                return _tensor(record, {key: _array(entry, key) for key in keys})
-            self._rebuild(shard, f"tensor {name!r} is not what was stored")
+        with shard.lock:
+            first = True
+            while shard.entry is not None:
+                record, entry = shard.records[name], shard.entry
+                keys = list(record["parts"].values())
+                if self._options.verify == "off" or self._intact(shard, entry, keys):
+                    return _tensor(record, {key: _array(entry, key) for key in keys})
+                self._rebuild(shard, f"tensor {name!r} is not what was stored", store=first)
+                first = False
         assert shard.build is not None and shard.pipeline is not None
         task = shard.pipeline.wait_for(shard.build, name)
         arrays = {}
@@ -154,14 +159,16 @@ class Model(Mapping[str, Tensor]):
                 shard.checked.add(key)
         return True
 
-    def _rebuild(self, shard: _Shard, why: str) -> None:
-        """Quarantine a shard's entry and build it again; what was handed out before stays as it is, and was right."""
+    def _rebuild(self, shard: _Shard, why: str, *, store: bool) -> None:
+        """Quarantine a shard's entry and build it again; what was handed out before stays as it is, and was right.
+
+        An entry that cannot be moved away, or a second one that is damaged, is built again in memory.
+        """
         entry = shard.entry
-        assert entry is not None
-        if self._cache is not None:
-            self._cache.damaged(entry.key, why)
+        assert entry is not None and self._cache is not None
+        moved = self._cache.damaged(entry.key, why)
         shard.entry = None
-        _start(shard, self._cache, self._options, time.time_ns())
+        _start(shard, self._cache if moved and store else None, self._options, time.time_ns())
         if shard.entry is None and shard.build is not None:
             shard.pipeline = Pipeline([shard.build], threads=self._options.threads, progress=self._options.progress)
             self._pipelines.append(shard.pipeline)
@@ -373,10 +380,12 @@ def load(
 
 def _open_cache(cache: Cache | str | os.PathLike[str] | None, mode: str) -> tuple[Cache | None, bool]:
     """Return the store, or None with one warning if there is none to be had; and whether it is ours to close."""
-    if isinstance(cache, Cache):
-        return (None if mode == "off" else cache), False
     if mode == "off":
         return None, False
+    if isinstance(cache, Cache):
+        if mode != "readonly" or cache.readonly:
+            return cache, False
+        cache = cache.root  # opened anew, so that nothing is written, not even a use time
     try:
         return Cache(cache, readonly=mode == "readonly"), True
     except CacheError as error:

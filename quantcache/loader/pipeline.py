@@ -180,6 +180,7 @@ class Pipeline:
                 build.left = 0
         self._open = sum(1 for _ in builds)
         count = min(threads or default_threads(), MAX_THREADS)
+        self._alive = count
         self._threads = [threading.Thread(target=self._work, name=f"quantcache-{n}", daemon=True) for n in range(count)]
         for thread in self._threads:
             thread.start()
@@ -231,17 +232,19 @@ class Pipeline:
 
     def _work(self) -> None:
         scratch = Scratch()
-        while True:
-            step = self._next()
-            if step is None:
-                return
-            try:
+        try:
+            while (step := self._next()) is not None:
                 step(scratch)
-            except BaseException as error:  # noqa: BLE001 - it is handed to whoever asks
-                with self._changed:
-                    self.failure = self.failure or error
-                    self._changed.notify_all()
-                return
+        except BaseException as error:  # noqa: BLE001 - it is handed to whoever asks
+            with self._changed:
+                self.failure = self.failure or error
+        with self._changed:
+            self._alive -= 1
+            stopped = self._alive == 0 and (self.failure is not None or self._cancelled)
+            self._changed.notify_all()
+        if stopped:  # nobody may ever close the model: another load must not wait for its lock
+            for build in self.builds:
+                self._drop(build)
 
     def _next(self) -> Callable[[Scratch], None] | None:
         """Return the next piece of work: an urgent tile, a piece of a digest that is due, a tile, a publication."""
@@ -328,7 +331,9 @@ class Pipeline:
             cache, build.cache = build.cache, None
             build.unsaved = build.unsaved or error
             for task in build.tasks.values():
-                if not task.done and not task.active and task.target is build.staged:
+                # only what nobody has begun: a task with tiles in the file finishes there, or starts again by itself
+                untouched = len(task.waiting) == len(task.job.tiles) and task.refused is None
+                if untouched and not task.done and task.target is build.staged:
                     task.target = build.memory
                     build.memory.add(task.job.slots)
         if cache is not None:
@@ -348,6 +353,8 @@ class Pipeline:
                 self._store(build, build.cache, build.staged)
         except CacheError as error:
             self._unsaved(build, error)
+        except (OSError, ValueError) as error:
+            self._unsaved(build, CacheError(f"cannot publish the entry: {error}"))
         finally:
             self._drop(build)
             with self._changed:
@@ -381,7 +388,8 @@ class Pipeline:
         """Let go of the temp file and the lock."""
         if build.staged is not None and build.entry is None:
             build.staged.discard()
-        release, build.release = build.release, None
+        with self._changed:
+            release, build.release = build.release, None
         if release:
             with contextlib.suppress(Exception):
                 release()

@@ -128,7 +128,7 @@ class Recipe:
 
     def codecs(self) -> dict[str, Any]:
         """Return the version and parameters of every codec that can take part."""
-        used = {rule.codec for rule in self.rules} & set(codec_ids()) | ({"f16"} if self.other == "f16" else set())
+        used = {rule.codec for rule in self.rules} & set(codec_ids()) | ({"f16"} if self.other == "f16" or self.native == "convert" else set())
         return {name: {"version": codec(name).version, "parameters": codec(name).parameters()} for name in sorted(used)}
 
     def decide(self, tensor: TensorInfo) -> Decision:

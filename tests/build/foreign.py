@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from quantcache.quant.floats import from_f32, to_f32
 from quantcache.quant.native import ELEMENT
 
 ROOT = Path(__file__).resolve().parents[2]
+#: New weights every run; a failure names the seed that repeats it.
+SEED = int(os.environ.get("QUANTCACHE_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 
 
 class Runner:
@@ -67,7 +70,7 @@ class Runner:
 
 def families(n: int) -> dict[str, Any]:
     """Return float32 weights of every kind that has ever been a problem."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(SEED)
     gauss = rng.standard_normal(n).astype(np.float32)
     zeros = gauss.copy()
     zeros[: n // 2] = 0
@@ -87,7 +90,7 @@ def check(runner: Runner, level: str) -> int:
         nonlocal count
         count += 1
         if np.asarray(got).tobytes() != np.asarray(wanted).tobytes():
-            raise SystemExit(f"{level}: {what} differs from the reference")
+            raise SystemExit(f"{level}: {what} differs from the reference (QUANTCACHE_TEST_SEED={SEED})")
 
     for family, values in families(4096 + 64).items():
         for element in ELEMENT:
@@ -116,8 +119,11 @@ def check(runner: Runner, level: str) -> int:
                 if status == Status.OK:
                     for part, got, want in zip(("codes", "scales", "biases"), (codes, scales, biases), wanted8[1:], strict=True):
                         same(f"int8 {part} {name}", got, want)
-                    _, (decoded,) = runner.call(f"qc_int8_dequantize__{level}", codes, scales, biases, n, f16_scales, ("out", "u2", n), ELEMENT["F16"])
-                    same(f"int8 decoding {name}", decoded, from_f32(int8.dequantize(codes, scales, biases), "F16"))
+                    wanted_f32 = int8.dequantize(codes, scales, biases)
+                    for out in ELEMENT:
+                        dtype = "f4" if out == "F32" else "u2"
+                        _, (decoded,) = runner.call(f"qc_int8_dequantize__{level}", codes, scales, biases, n, f16_scales, ("out", dtype, n), ELEMENT[out])
+                        same(f"int8 decoding {name} {out}", decoded, from_f32(wanted_f32, out))
             rows, columns = 5, 333
             n = rows * columns
             status, (codes, scales) = runner.call(f"qc_int8_row_quantize__{level}", source[:n], rows, columns, ELEMENT[element], ("out", "i1", n), ("out", "f4", rows))
@@ -126,10 +132,18 @@ def check(runner: Runner, level: str) -> int:
             if status == Status.OK:
                 same(f"int8-row codes {name}", codes, wanted_row[1])
                 same(f"int8-row scales {name}", scales, wanted_row[2])
+                wanted_f32 = int8_row.dequantize(codes.reshape(rows, columns), scales)
+                for out in ELEMENT:
+                    dtype = "f4" if out == "F32" else "u2"
+                    _, (decoded,) = runner.call(f"qc_int8_row_dequantize__{level}", codes, scales, rows, columns, ("out", dtype, n), ELEMENT[out])
+                    same(f"int8-row decoding {name} {out}", decoded, from_f32(wanted_f32, out))
             if element != "F16":
-                _, (half,) = runner.call(f"qc_f16_cast__{level}", source, source.size, ELEMENT[element], ("out", "f2", source.size))
-                same(f"f16 {name}", half, f16.cast(x)[1])
-    absmax = np.abs(np.random.default_rng().standard_normal(700)).astype(np.float32)
+                for n in (source.size, source.size - 3, 1):
+                    status, (half,) = runner.call(f"qc_f16_cast__{level}", source[:n], n, ELEMENT[element], ("out", "f2", n))
+                    wanted_half = f16.cast(x[:n])
+                    same(f"f16 status {name} {n}", np.int64(status), np.int64(wanted_half[0]))
+                    same(f"f16 {name} {n}", half, wanted_half[1])
+    absmax = np.abs(np.random.default_rng(SEED).standard_normal(700)).astype(np.float32)
     values, middles = NESTED_MAP, NESTED_MIDDLES
     offset = np.array([nf4.mean(absmax)], np.float64)
     _, (codes, nested) = runner.call(f"qc_nf4_encode_absmax__{level}", absmax, 700, offset, middles, ("out", "u1", 700), ("out", "f4", 3))

@@ -2,11 +2,18 @@
  *
  * Request: u32 length of the library's path, path; u32 length of the symbol, symbol; u32 number of arguments (<= 8);
  * for each: u8 kind (0 integer, 1 input, 2 output), u64 value or size, then the bytes of an input.
- * Answer: i32 status, then the bytes of every output. All little-endian. */
+ * Answer: i32 status, then the bytes of every output. All little-endian.
+ *
+ * Every array ends where a forbidden page begins, so that one byte read or written past it is a crash, under an
+ * emulator as well. Outputs start as 0xa5: a kernel that counts on zeroed memory is found out. */
+#define _DEFAULT_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 static void take(void *to, size_t n) {
     if (n && fread(to, 1, n, stdin) != n) exit(3);
@@ -18,6 +25,13 @@ static char *text(void) {
     char *s = calloc(n + 1u, 1);
     take(s, n);
     return s;
+}
+
+static uint8_t *guarded(uint64_t n) {
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), room = (n + page - 1) / page * page;
+    uint8_t *start = mmap(NULL, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED || mprotect(start + room, page, PROT_NONE)) exit(6);
+    return (uint8_t *)memset(start + room - n, 0xa5, n);
 }
 
 int main(void) {
@@ -39,7 +53,7 @@ int main(void) {
         take(&word[i], 8);
         if (!kind[i]) continue;
         size[i] = word[i];
-        uint8_t *memory = calloc(size[i] + 1, 1);
+        uint8_t *memory = guarded(size[i]);
         if (kind[i] == 1) take(memory, size[i]);
         word[i] = (uint64_t)(uintptr_t)memory;
     }

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantcache.cache import filesystem
 from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale
 from quantcache.cache.container import Slot
 from quantcache.errors import CacheError, CorruptEntryError
@@ -143,7 +142,7 @@ def test_failing_sync_of_the_folder(tmp_path: Path, target: Path, monkeypatch: p
             raise OSError(5, "Input/output error")
         real(descriptor)
 
-    monkeypatch.setattr(filesystem.os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(CacheError):
         staged.publish(target, **DETAILS)
     assert not target.exists()

@@ -6,6 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from quantcache.cache.blobs import StagedEntry, StoredEntry
 from quantcache.cache.container import Slot
+from quantcache.cache.index import Index
 from quantcache.cache.key import key_of
 from quantcache.cache.store import Cache
 from quantcache.errors import (
@@ -142,10 +145,8 @@ def test_policies(tmp_path: Path, put: Put, policy: str, goes: int) -> None:
         entry = put(cache, n, nbytes=sizes[n], path=f"/m{n}")
         keys.append(entry.key)
         row = next(row for row in cache.entries() if row.key == entry.key)
-        from dataclasses import replace
-
         changed = replace(row, used_s=4e9 + n, build_s=seconds[n])
-        cache.index.call(lambda index, changed=changed: index.put([changed]), None)
+        cache.index.call(partial(Index.put, rows=[changed]), None)
     cache.max_size = cache.usage()["total"]
     cache.make_room(1)
     assert _keys(cache) == set(keys) - {keys[goes]}

@@ -368,3 +368,102 @@ def test_lora_is_refused(model_path: Path, tmp_path: Path) -> None:
     """An adapter is refused in words, not ignored."""
     with pytest.raises(qc.UsageError, match="lora"):
         qc.load(model_path, lora=[("adapter.safetensors", 1.0)], cache=tmp_path / "c")
+
+
+def test_damage_in_a_read_only_store(model_path: Path, tmp_path: Path) -> None:
+    """A damaged entry that cannot be moved away is built again in memory, however often."""
+    _, right = load_all(model_path, tmp_path / "c")
+    (entry,) = entries(tmp_path / "c")
+    raw = bytearray(entry.read_bytes())
+    with qc.Cache(tmp_path / "c") as store:
+        raw[store.open(entry.stem).header.offsets[WEIGHT]] ^= 1
+    entry.write_bytes(raw)
+    for _ in range(2):
+        with pytest.warns(qc.QuantcacheWarning, match="left where it is"):
+            assert load_all(model_path, tmp_path / "c", mode="readonly")[1] == right
+    assert entry.exists()
+
+
+def test_disk_fills_up_between_the_tiles_of_one_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles that are in the staged file already are not lost when another tensor finds the disk full."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "m.safetensors"
+    content = {f"blocks.{n}.a.weight": rng.standard_normal((3072, 1024)).astype(np.float32) for n in range(3)}
+    save_file(content, path)
+    _, right = load_all(path, tmp_path / "warm", quant="int8")
+    from quantcache.cache.blobs import StagedEntry
+    from quantcache.errors import CacheError
+
+    real = StagedEntry.write
+
+    def refuse(self: StagedEntry, key: str, position: int, buffer: Any) -> None:
+        if key.startswith("blocks.2"):
+            raise CacheError("full")
+        real(self, key, position, buffer)
+
+    monkeypatch.setattr(StagedEntry, "write", refuse)
+    for name in content:  # whichever is asked for first, in whatever state the others are
+        with pytest.warns(qc.QuantcacheWarning, match="not saved"), qc.load(
+            path, quant="int8", cache=tmp_path / "c"
+        ) as model:
+            model["blocks.2.a.weight"]
+            model[name]
+            assert snapshot(model) == right
+
+
+def test_failed_build_gives_its_lock_back(model_path: Path, tmp_path: Path) -> None:
+    """A load that was stopped, and never closed, does not make the next one wait."""
+    stopped = qc.load(model_path, cache=tmp_path / "c", progress=lambda _: False)
+    with pytest.raises(qc.QuantcacheError):
+        snapshot(stopped)
+    with qc.Cache(tmp_path / "c", lock_timeout_s=60) as cache, qc.load(model_path, cache=cache) as model:
+        assert not model.hit
+    assert len(entries(tmp_path / "c")) == 1
+    stopped.cancel()
+
+
+def test_path_that_is_not_utf8(tmp_path: Path) -> None:
+    """A name that is no text is stored, listed and found again like any other."""
+    path = tmp_path / os.fsdecode(b"m\xff.safetensors")
+    try:
+        path.touch()
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    save_file(tensors(), path)
+    load_all(path, tmp_path / "c")
+    (tmp_path / "c" / "v1" / "index.sqlite3").unlink()
+    assert load_all(path, tmp_path / "c")[0]
+    with qc.Cache(tmp_path / "c") as cache:
+        assert len(cache.keys_of_model(path.resolve())) == 1
+
+
+def test_what_cannot_fit_evicts_nothing(model_path: Path, tmp_path: Path) -> None:
+    """An entry that is larger than the whole limit costs no other entry."""
+    with qc.Cache(tmp_path / "c", max_size=1 << 30, keep_free=0) as cache:
+        qc.load(model_path, cache=cache).close()
+    with qc.Cache(tmp_path / "c", max_size=1000, keep_free=0) as cache, pytest.warns(qc.QuantcacheWarning, match="fit"):
+        qc.load(model_path, quant="int8", cache=cache).close()
+    assert len(entries(tmp_path / "c")) == 1
+
+
+def test_documents_of_other_loaders(tmp_path: Path) -> None:
+    """get_or_build takes any JSON; a strange one does not spoil the store for others; a failure leaves nothing."""
+    from quantcache.cache.container import Slot
+
+    def build(stage: Any) -> Any:
+        staged = stage([Slot("x", "U8", (3,), 3)], [])
+        staged.write("x", 0, b"abc")
+        return staged, []
+
+    with qc.Cache(tmp_path / "c") as cache:
+        document = {"source": "hf:somebody/model", "size": 1 << 70}
+        assert bytes(cache.get_or_build(document, build).view("x")) == b"abc"
+        (tmp_path / "c" / "v1" / "index.sqlite3").unlink()
+    with qc.Cache(tmp_path / "c") as cache:
+        assert bytes(cache.get_or_build(document, lambda stage: 1 / 0).view("x")) == b"abc"
+        with pytest.raises(ZeroDivisionError):
+            cache.get_or_build({"other": 1}, lambda stage: (build(stage), 1 / 0))
+        assert not list((tmp_path / "c" / "v1" / "tmp").iterdir())
+        assert len(cache.entries()) == 1

@@ -17,6 +17,8 @@ from gguf import quants
 from safetensors.numpy import save_file
 
 import quantcache as qc
+from quantcache.cache.blobs import StagedEntry
+from quantcache.loader.pipeline import Pipeline
 from quantcache.quant.codec import quantize
 
 RNG = np.random.default_rng(0)
@@ -94,6 +96,38 @@ def test_disk_fills_up_between_two_tiles(
     assert len(caught) == 1
     assert not _entries(tmp_path / "c")
     assert not list((tmp_path / "c" / "v1" / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8-row", "f16"])
+def test_store_fails_while_a_tensor_is_settled(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str
+) -> None:
+    """A tensor whose last tile is in, but which is not done yet, keeps its bytes when the store fails meanwhile."""
+    settling, failed = threading.Event(), threading.Event()
+    settle, write = Pipeline._settle, StagedEntry.write
+
+    def slow_settle(self: Pipeline, task: Any) -> None:
+        if "large" in task.job.info.name and not settling.is_set():
+            settling.set()
+            assert failed.wait(60)
+        settle(self, task)
+        if "small" in task.job.info.name:
+            failed.set()
+
+    def refuse(self: StagedEntry, key: str, position: int, buffer: Any) -> None:
+        if "small" in key:
+            assert settling.wait(60)
+            raise qc.CacheError("no")
+        write(self, key, position, buffer)
+
+    monkeypatch.setattr(Pipeline, "_settle", slow_settle)
+    monkeypatch.setattr(StagedEntry, "write", refuse)
+    with pytest.warns(qc.QuantcacheWarning, match="not saved") as caught, qc.load(
+        two, quant, cache=tmp_path / "c", threads=2
+    ) as model:
+        assert _bytes(model["blocks.0.large.weight"]) == _expected_of(quant, LARGE)
+        assert _bytes(model["blocks.1.small.weight"]) == _expected_of(quant, SMALL)
+    assert len(caught) == 1
 
 
 def _parts(quant: str, weights: Any) -> Any:
@@ -265,7 +299,8 @@ def test_scalars_and_nothing(tmp_path: Path, quant: str) -> None:
             assert {name: tensor.shape for name, tensor in model.items()} == {n: a.shape for n, a in content.items()}
             for name, array in content.items():
                 np.testing.assert_array_equal(model[name], array)
-            assert model["number"].dtype == np.int64
+            number: Any = model["number"]
+            assert number.dtype == np.int64
 
 
 @pytest.fixture
@@ -306,7 +341,8 @@ def test_blocks_pass_through(blocks: tuple[Path, dict[str, Any]], tmp_path: Path
             q8 = quants.dequantize(stored["blk.0.attn_q.weight"], gguf.GGMLQuantizationType.Q8_0)
             assert _bytes(model["blk.0.attn_q.weight"]) == _expected("nf4", q8)
             assert _bytes(model["blk.0.ffn_up.weight"]) == _expected("nf4", stored["blk.0.ffn_up.weight"])
-            assert model["blk.0.attn_norm.weight"].dtype == np.float16
+            norm: Any = model["blk.0.attn_norm.weight"]
+            assert norm.dtype == np.float16
             codecs = {report.name: report.codec for report in model.report()}
             assert codecs["blk.0.attn_k.weight"] == "native"
     (entry,) = _entries(tmp_path / "c")
@@ -318,7 +354,8 @@ def test_blocks_converted(blocks: tuple[Path, dict[str, Any]], tmp_path: Path) -
     """native="convert" leaves no block type, and is another entry."""
     path, stored = blocks
     with qc.load(path, "int8", cache=tmp_path / "c") as model:
-        assert model["blk.0.attn_k.weight"].codec == "Q4_0"
+        kept: Any = model["blk.0.attn_k.weight"]
+        assert kept.codec == "Q4_0"
     for hit in (False, True):
         with qc.load(path, "int8", native="convert", cache=tmp_path / "c") as model:
             assert model.hit is hit
