@@ -182,7 +182,11 @@ class StagedEntry:
                 target.parent.mkdir(mode=0o700, exist_ok=True)
                 sync_folder(target.parent.parent)
             os.rename(self._path, target)
-            sync_folder(target.parent)
+            try:
+                sync_folder(target.parent)
+            except OSError:
+                target.unlink(missing_ok=True)  # not durable is not published
+                raise
         except OSError as error:
             raise store_error("cannot publish the entry", error) from error
         self._close()
@@ -284,6 +288,7 @@ class StoredEntry:
             raise store_error(f"cannot open entry {key}", error) from error
         try:
             found = os.fstat(descriptor)
+            self._file = found.st_dev, found.st_ino
             if hasattr(os, "getuid") and found.st_uid not in (os.getuid(), os.stat(path.parent).st_uid, 0):
                 raise CacheError(f"entry {key} belongs to user {found.st_uid}", hint="remove it, or use --shared")
             head = os.pread(descriptor, 8, 0)
@@ -302,6 +307,14 @@ class StoredEntry:
         """Return a tensor's bytes, unchecked."""
         start = self.header.offsets[key]
         return self.memory[start : start + self.header.slots[key].nbytes]
+
+    def replaced(self) -> bool:
+        """Return whether the path leads to another file by now: somebody built the entry again."""
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return False
+        return (now.st_dev, now.st_ino) != self._file
 
     def intact(self, key: str) -> bool:
         """Return whether a tensor's bytes have the digest that was recorded when they were made."""

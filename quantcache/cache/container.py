@@ -74,17 +74,17 @@ def arrange(slots: Iterable[Slot]) -> tuple[dict[str, int], int]:
     65 halves, a single byte) would misalign all that follow: they stand at the end of the file, by falling element size.
 
     Args:
-        slots: in any order; ties keep it.
+        slots: in any order; it makes no difference, since threads may have planned some of them anew.
 
     Returns:
         key -> offset in the data section, and the section's length.
     """
 
-    def place(slot: Slot) -> tuple[int, int, int, int]:
+    def place(slot: Slot) -> tuple[int, int, int, int, str]:
         itemsize, ragged = _ITEMSIZE[slot.dtype], slot.nbytes % 64 != 0 or slot.nbytes == 0
         if ragged:
-            return 1, -itemsize, slot.layer, 0
-        return 0, slot.layer, int(slot.nbytes % ALIGNMENT != 0), -itemsize
+            return 1, -itemsize, slot.layer, 0, slot.key
+        return 0, slot.layer, int(slot.nbytes % ALIGNMENT != 0), -itemsize, slot.key
 
     offsets: dict[str, int] = {}
     position = 0

@@ -92,13 +92,15 @@ class Index:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StoreTooNewError(f"the index {path} has version {version}, this program knows {SCHEMA_VERSION}")
+            #: there was no schema yet: a new file, or one that was emptied
+            self.created = version < SCHEMA_VERSION
             if readonly:
                 return
             if path is not None:
                 # write-ahead logging needs shared memory, which network file systems do not have
                 self._db.execute(f"PRAGMA journal_mode={'DELETE' if is_network(path.parent) else 'WAL'}")
                 self._db.execute("PRAGMA synchronous=NORMAL")
-            if version < SCHEMA_VERSION:
+            if self.created:
                 with self._transaction():
                     for statement in _SCHEMA.split(";"):
                         self._db.execute(statement)

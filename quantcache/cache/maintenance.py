@@ -184,9 +184,12 @@ def clear(cache: Cache, *, pinned_too: bool = False, dry_run: bool = False) -> P
     found = prune(cache, max_size=1 << 62, orphans=True, dry_run=dry_run)
     keep = set() if pinned_too else cache.pinned()
     found.entries = [row for row in cache.entries() if row.key not in keep]
+    known = {row.key for row in found.entries} | keep
+    found.files += [(path, path.stat().st_size) for path in cache.entry_files() if path.stem not in known]
     if not dry_run:
+        for key in [path.stem for path in cache.entry_files() if path.stem not in keep]:
+            cache.remove(key)
         for row in found.entries:
-            cache.remove(row.key)
             with contextlib.suppress(OSError):
                 (cache.folder / "pins" / row.key).unlink(missing_ok=True)
     return found

@@ -465,6 +465,7 @@ class Cache:
         Returns:
             The number of entries.
         """
+        self._writable()
         return self.index.rebuild()
 
     def stats(self) -> dict[str, float]:

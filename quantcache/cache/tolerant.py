@@ -92,7 +92,11 @@ class TolerantIndex:
                     return action(self._index)
                 except sqlite3.Error as error:
                     if self._readonly:
-                        return default
+                        if attempt or not is_damage(error):
+                            return default
+                        self.close()
+                        self._index = self._scan_into(Index(None))
+                        continue
                     if not is_damage(error) or attempt:
                         self._warn(f"the index cannot be used: {error}")
                         return default
@@ -144,7 +148,8 @@ class TolerantIndex:
                 return self._scan_into(Index(None))
             return index
         try:
-            fresh = not self._path.exists()
+            if self._path.is_dir():
+                return self._replace("it is a folder")
             index = Index(self._path)
         except StoreTooNewError as error:
             self._warn(f"{error.message}; reading the entries themselves")
@@ -153,7 +158,7 @@ class TolerantIndex:
             if not is_damage(error):
                 raise
             return self._replace(str(error))
-        return self._scan_into(index) if fresh else index
+        return self._scan_into(index) if index.created else index
 
     def _replace(self, why: str) -> Index:
         self._warn(f"the index was damaged ({why}) and is rebuilt from the entries")

@@ -166,7 +166,7 @@ class Model(Mapping[str, Tensor]):
         """
         entry = shard.entry
         assert entry is not None and self._cache is not None
-        moved = self._cache.damaged(entry.key, why)
+        moved = entry.replaced() or self._cache.damaged(entry.key, why)
         shard.entry = None
         _start(shard, self._cache if moved and store else None, self._options, time.time_ns())
         if shard.entry is None and shard.build is not None:

@@ -179,12 +179,13 @@ class Codec(ABC):
 
     def _check_parts(self, parts: Mapping[str, Array], shape: tuple[int, ...]) -> None:
         """Compare sizes and types with the layout: a kernel believes what it is told."""
-        reason = self.refuses(shape)
-        if reason:
-            raise CodecError(f"{self.id} does not store weights of shape {shape}: {reason}")
         problem = ""
         for variant in self.variants:
-            wanted = [p for p in self.encoder("X.weight", shape, "F32", variant).parts if p.name in parts]
+            try:
+                layout = self.encoder("X.weight", shape, "F32", variant).parts
+            except (ValueError, IndexError) as error:
+                raise CodecError(f"{self.id} does not store weights of shape {shape}") from error
+            wanted = [p for p in layout if p.name in parts]
             wrong = [
                 p for p in wanted
                 if p.name != "quant_state"  # its length depends on the source's type
