@@ -144,6 +144,7 @@ class Build:
         self.memory = _Memory()
         self.started_s = time.monotonic()
         self.left = len(self.jobs)
+        self.read_nbytes = 0  # of tiles begun: the digest follows them through the file
         chunks = range(0, self.source.file.nbytes, CHUNK) if self.staged is not None and self.digest is None else range(0)
         self.chunk_starts: deque[int] = deque(chunks)
         self.chunk_digests: list[bytes | None] = [None] * len(chunks)
@@ -253,12 +254,17 @@ class Pipeline:
                 if self._cancelled or self.failure is not None or not self._open:
                     return None
                 for queue in (self._urgent, self._queue):
+                    due = next((b for b in self.builds if b.chunk_starts and b.read_nbytes >= b.chunk_starts[0] + CHUNK), None)
+                    if due is not None and queue is self._queue:  # while its bytes are still in the page cache
+                        first = due.chunk_starts.popleft()
+                        return lambda _, build=due, first=first: self._chunk(build, first)  # type: ignore[misc]
                     while queue and not queue[0].waiting:
                         queue.popleft()
                     if queue:
                         task = queue[0]
                         start = task.waiting.popleft()
                         task.active += 1
+                        task.build.read_nbytes += task.job.tile * task.job.info.nbytes // max(1, task.job.size)
                         return lambda scratch, task=task, start=start: self._tile(task, start, scratch)  # type: ignore[misc]
                 for build in self.builds:
                     if build.chunk_starts:
