@@ -156,13 +156,10 @@ def prune(
     if max_size is None and max_age_s is None and keep_free is None and not stale_source and not orphans:
         max_size = cache.max_size
     if max_size is not None or keep_free is not None:
-        limits = cache.max_size, cache.keep_free
-        try:
-            cache.max_size = max_size if max_size is not None else 1 << 62
-            cache.keep_free = parse_share(keep_free) if keep_free is not None else "0"
-            short = cache.over_limits(0) - sum(row.nbytes for row in chosen.values())
-        finally:
-            cache.max_size, cache.keep_free = limits
+        over = cache.over_limits(
+            0, max_size=1 << 62 if max_size is None else max_size, keep_free="0" if keep_free is None else parse_share(keep_free)
+        )
+        short = over - sum(row.nbytes for row in chosen.values())
         left = [row for row in rows.values() if row.key not in chosen]
         for row in policies.choose(left, short, cache.policy, pinned):
             chosen[row.key] = row

@@ -291,12 +291,17 @@ class Cache:
                 hint="raise --max-size, lower keep_free, or unpin an entry",
             )
 
-    def over_limits(self, nbytes: int) -> int:
-        """Return how many bytes too much the store would take, or the disk would lose, with so many more."""
-        over = self.usage()["total"] + nbytes - self.max_size
+    def over_limits(self, nbytes: int, *, max_size: int | None = None, keep_free: str | None = None) -> int:
+        """Return how many bytes too much the store would take, or the disk would lose, with so many more.
+
+        Args:
+            nbytes: to be added.
+            max_size, keep_free: other limits than the store's own.
+        """
+        over = self.usage()["total"] + nbytes - (self.max_size if max_size is None else max_size)
         with contextlib.suppress(OSError):
             disk = shutil.disk_usage(self.folder)
-            share = self.keep_free
+            share = self.keep_free if keep_free is None else keep_free
             free = int(disk.total * float(share[:-1]) / 100) if share.endswith("%") else parse_size(share)
             over = max(over, free - (disk.free - nbytes))
         return over

@@ -366,10 +366,7 @@ def load(
     except BaseException:
         for shard in shards:
             if shard.build is not None:
-                if shard.build.staged is not None:
-                    shard.build.staged.discard()
-                if shard.build.release is not None:
-                    shard.build.release()
+                shard.build.drop()
         raise
     model = Model(Path(path), shards, store, options, own=own)
     for shard in shards:
@@ -406,7 +403,7 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
     jobs = None
     unsaved: CacheError | None = None
     if cache is not None:
-        found = _look(shard, cache, options, stamp, seen_ns)
+        found = _look(shard, cache, options, stamp, seen_ns, None)
         if shard.entry is not None:
             return
         if options.mode != "readonly" and not cache.readonly:
@@ -414,7 +411,7 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
             name = digest(canonical([mark, recipe.canonical(), recipe.codecs()]).encode()).hex()
             try:
                 release = cache.acquire(name)
-                found = _look(shard, cache, options, stamp, seen_ns) or found
+                found = _look(shard, cache, options, stamp, seen_ns, found)
                 if shard.entry is not None:
                     release()
                     return
@@ -437,10 +434,12 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
     shard.build.unsaved = unsaved
 
 
-def _look(shard: _Shard, cache: Cache, options: _Options, stamp: Stamp, seen_ns: int) -> str | None:
-    """Find the shard's entry; return the source's digest if it had to be known for that."""
+def _look(
+    shard: _Shard, cache: Cache, options: _Options, stamp: Stamp, seen_ns: int, found: str | None
+) -> str | None:
+    """Find the shard's entry; return the source's digest, `found` if it is known, else if it had to be taken."""
     source = shard.source
-    found = cache.source_digest(stamp)
+    found = found or cache.source_digest(stamp)
     if found is None and cache.knows(fingerprint(source.file.memory)):
         found = source_digest(source, options.threads or default_threads())
         if not source.file.changed():

@@ -153,6 +153,17 @@ class Build:
             if self.staged is None:
                 self.memory.add(job.slots)
             self.tasks[job.info.name] = _Task(self, job, self.staged or self.memory)
+        self._dropping = threading.Lock()
+
+    def drop(self) -> None:
+        """Let go of the temp file, unless it was published, and of the lock."""
+        with self._dropping:
+            if self.staged is not None and self.entry is None:
+                self.staged.discard()
+            release, self.release = self.release, None
+            if release:
+                with contextlib.suppress(Exception):
+                    release()
 
 
 class Pipeline:
@@ -176,10 +187,7 @@ class Pipeline:
         self._total = sum(task.job.info.nbytes for task in self._queue), len(self._queue)
         self._done_nbytes = self._done_tensors = 0
         self.failure: BaseException | None = None
-        for build in builds:
-            if not build.jobs:
-                build.left = 0
-        self._open = sum(1 for _ in builds)
+        self._open = len(builds)
         count = min(threads or default_threads(), MAX_THREADS)
         self._alive = count
         self._threads = [threading.Thread(target=self._work, name=f"quantcache-{n}", daemon=True) for n in range(count)]
@@ -227,7 +235,7 @@ class Pipeline:
             if thread is not threading.current_thread():
                 thread.join()
         for build in self.builds:
-            self._drop(build)
+            build.drop()
 
     # ---- workers ----
 
@@ -245,7 +253,7 @@ class Pipeline:
             self._changed.notify_all()
         if stopped:  # nobody may ever close the model: another load must not wait for its lock
             for build in self.builds:
-                self._drop(build)
+                build.drop()
 
     def _next(self) -> Callable[[Scratch], None] | None:
         """Return the next piece of work: an urgent tile, a piece of a digest that is due, a tile, a publication."""
@@ -254,10 +262,8 @@ class Pipeline:
                 if self._cancelled or self.failure is not None or not self._open:
                     return None
                 for queue in (self._urgent, self._queue):
-                    due = next((b for b in self.builds if b.chunk_starts and b.read_nbytes >= b.chunk_starts[0] + CHUNK), None)
-                    if due is not None and queue is self._queue:  # while its bytes are still in the page cache
-                        first = due.chunk_starts.popleft()
-                        return lambda _, build=due, first=first: self._chunk(build, first)  # type: ignore[misc]
+                    if queue is self._queue and (chunk := self._next_chunk(due=True)):
+                        return chunk
                     while queue and not queue[0].waiting:
                         queue.popleft()
                     if queue:
@@ -266,15 +272,21 @@ class Pipeline:
                         task.active += 1
                         task.build.read_nbytes += task.job.tile * task.job.info.nbytes // max(1, task.job.size)
                         return lambda scratch, task=task, start=start: self._tile(task, start, scratch)  # type: ignore[misc]
-                for build in self.builds:
-                    if build.chunk_starts:
-                        first = build.chunk_starts.popleft()
-                        return lambda _, build=build, first=first: self._chunk(build, first)  # type: ignore[misc]
+                if chunk := self._next_chunk(due=False):
+                    return chunk
                 for build in self.builds:
                     if build.left == 0 and build.chunks_left == 0 and not build.published:
                         build.published = True
                         return lambda _, build=build: self._publish(build)  # type: ignore[misc]
                 self._changed.wait(0.5)
+
+    def _next_chunk(self, *, due: bool) -> Callable[[Scratch], None] | None:
+        """Return a piece of a digest; if `due`, only one whose bytes tiles have just brought into the page cache."""
+        for build in self.builds:
+            if build.chunk_starts and (not due or build.read_nbytes >= build.chunk_starts[0] + CHUNK):
+                first = build.chunk_starts.popleft()
+                return lambda _, build=build, first=first: self._chunk(build, first)  # type: ignore[misc]
+        return None
 
     def _tile(self, task: _Task, start: int, scratch: Scratch) -> None:
         job, build = task.job, task.build
@@ -362,7 +374,7 @@ class Pipeline:
         except (OSError, ValueError) as error:
             self._unsaved(build, CacheError(f"cannot publish the entry: {error}"))
         finally:
-            self._drop(build)
+            build.drop()
             with self._changed:
                 self._open -= 1
                 self._changed.notify_all()
@@ -389,16 +401,6 @@ class Pipeline:
         cache.record_source(build.stamp, found, source.path.resolve(), build.seen_ns)
         cache.tally(misses=1, bytes_built=build.entry.header.nbytes, seconds_building=seconds)
         cache.flush()
-
-    def _drop(self, build: Build) -> None:
-        """Let go of the temp file and the lock."""
-        if build.staged is not None and build.entry is None:
-            build.staged.discard()
-        with self._changed:
-            release, build.release = build.release, None
-        if release:
-            with contextlib.suppress(Exception):
-                release()
 
     def _tell(self, nbytes: int, phase: str) -> None:
         with self._changed:

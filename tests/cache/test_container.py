@@ -139,3 +139,11 @@ def test_link_is_no_entry(store: Cache, put: Callable[..., StoredEntry], tmp_pat
     entry.path.symlink_to(elsewhere)
     with pytest.raises(CorruptEntryError, match="symbolic link"):
         StoredEntry(entry.key, entry.path)
+
+
+def test_element_sizes_are_those_of_the_tensors() -> None:
+    """The store may not import the tensors' table; the two say the same."""
+    from quantcache.cache import container
+    from quantcache.tensor import ITEMSIZE
+
+    assert dict(ITEMSIZE) == container._ITEMSIZE
