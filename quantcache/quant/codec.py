@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from quantcache.errors import CodecError, UsageError
 from quantcache.tensor import ITEMSIZE, array_dtype
 
-__all__ = ["Codec", "Encoder", "Part", "Scratch", "Status", "codec", "codec_ids", "quantize", "register"]
+__all__ = ["Codec", "Encoder", "Part", "Scratch", "Status", "codec", "codec_ids", "import_codecs", "quantize", "register"]
 
 Array = NDArray[Any]
 
@@ -176,7 +176,6 @@ class Codec(ABC):
         self.dequantize_into(parts, out, dtype)
         return out
 
-
     def _check_parts(self, parts: Mapping[str, Array], shape: tuple[int, ...]) -> None:
         """Compare sizes and types with the layout: a kernel believes what it is told."""
         problem = ""
@@ -215,7 +214,8 @@ def register(cls: _C) -> _C:
 
 
 @cache
-def _import_all() -> None:
+def import_codecs() -> None:
+    """Import every folder under `codecs/`, so that it registers what it has."""
     from quantcache.quant import codecs
 
     for module in pkgutil.iter_modules(codecs.__path__, f"{codecs.__name__}."):
@@ -224,7 +224,7 @@ def _import_all() -> None:
 
 def codec_ids() -> tuple[str, ...]:
     """Return the ids of all codecs, sorted."""
-    _import_all()
+    import_codecs()
     return tuple(sorted(_registry))
 
 
@@ -234,7 +234,7 @@ def codec(codec_id: str) -> Codec:
     Raises:
         UsageError: there is none.
     """
-    _import_all()
+    import_codecs()
     if codec_id not in _registry:
         raise UsageError(f"{codec_id!r} is not a codec", hint=f"one of: {', '.join(codec_ids())}, native")
     return _registry[codec_id]

@@ -37,6 +37,12 @@
 #endif
 #define QC_INLINE static inline __attribute__((always_inline, unused))
 
+#if defined(__GNUC__)
+#define QC_PREFETCH(address) __builtin_prefetch((address), 1)
+#else
+#define QC_PREFETCH(address) ((void)0)
+#endif
+
 /* Status bits: the same numbers as quantcache.quant.codec.Status. */
 enum { QC_OK = 0, QC_NONFINITE = 1, QC_F16_RANGE = 2, QC_F32_SCALES = 4, QC_BAD_CALL = 8 };
 
@@ -175,11 +181,22 @@ QC_INLINE qf qf_from_bf16(const uint16_t *p) {
     const __m256i raw = _mm256_loadu_si256((const __m256i *)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
+QC_INLINE void qf_store_bf16(uint16_t *p, qf a) {
+    const __m512i bits = _mm512_castps_si512(a), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    const __m512i words = _mm512_mask_or_epi32(_mm512_srli_epi32(rounded, 16), nan, high, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(words));
+}
 QC_INLINE qf qf_from_u8(const uint8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 QC_INLINE qf qf_from_s8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+QC_INLINE qf qf_from_words(const uint64_t *w) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_set_epi64x((int64_t)w[1], (int64_t)w[0])));
 }
 /* 64 integers to bytes, saturating; the packs work per 128-bit lane, the permute puts it right */
 QC_INLINE __m512i qi_lane_order(void) {
@@ -243,11 +260,24 @@ QC_INLINE qf qf_from_bf16(const uint16_t *p) {
     const __m128i raw = _mm_loadu_si128((const __m128i *)p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
 }
+QC_INLINE void qf_store_bf16(uint16_t *p, qf a) {
+    const __m256i bits = _mm256_castps_si256(a), high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i words = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), quiet, nan);
+    const __m128i low = _mm256_castsi256_si128(words);
+    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(low, _mm256_extracti128_si256(words, 1)));
+}
 QC_INLINE qf qf_from_u8(const uint8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 QC_INLINE qf qf_from_s8(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+QC_INLINE qf qf_from_words(const uint64_t *w) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)w[0])));
 }
 /* 32 integers to bytes, saturating; the packs work per 128-bit half, the permute puts it right */
 QC_INLINE void qi_store_u8(uint8_t *p, const qi v[4]) {
@@ -269,15 +299,12 @@ QC_INLINE qf qf_element(const void *src, size_t i, int element) {
     return qf_from_bf16((const uint16_t *)src + i);
 }
 QC_INLINE void qf_store_element(void *dst, size_t i, qf value, int element) {
-    if (element == QC_F32) {
+    if (element == QC_F32)
         qf_store((float *)dst + i, value);
-    } else if (element == QC_F16) {
+    else if (element == QC_F16)
         qf_store_halves((uint16_t *)dst + i, value);
-    } else {
-        float lanes[QC_LANES];
-        qf_store(lanes, value);
-        for (int j = 0; j < QC_LANES; j++) qc_store_element(dst, i + (size_t)j, lanes[j], QC_BF16);
-    }
+    else
+        qf_store_bf16((uint16_t *)dst + i, value);
 }
 #endif
 

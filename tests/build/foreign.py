@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from quantcache.quant.blocks import block_type, block_types
 from quantcache.quant.codec import Status
 from quantcache.quant.codecs.f16 import reference as f16
 from quantcache.quant.codecs.int8 import reference as int8
@@ -19,6 +20,7 @@ from quantcache.quant.codecs.int8_row import reference as int8_row
 from quantcache.quant.codecs.nf4 import MIDDLES, NESTED_MAP, NESTED_MIDDLES, TABLE
 from quantcache.quant.codecs.nf4 import reference as nf4
 from quantcache.quant.floats import from_f32, to_f32
+from quantcache.quant.merge import reference as merging
 from quantcache.quant.native import ELEMENT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +145,7 @@ def check(runner: Runner, level: str) -> int:
                     wanted_half = f16.cast(x[:n])
                     same(f"f16 status {name} {n}", np.int64(status), np.int64(wanted_half[0]))
                     same(f"f16 {name} {n}", half, wanted_half[1])
+    count += check_blocks(runner, level) + check_merging(runner, level)
     absmax = np.abs(np.random.default_rng(SEED).standard_normal(700)).astype(np.float32)
     values, middles = NESTED_MAP, NESTED_MIDDLES
     offset = np.array([nf4.mean(absmax)], np.float64)
@@ -153,6 +156,49 @@ def check(runner: Runner, level: str) -> int:
     _, (decoded,) = runner.call(f"qc_nf4_decode_absmax__{level}", codes, nested, 700, offset, values, ("out", "f4", 700))
     same("absmax decoding", decoded, nf4.decode_absmax(codes, nested, np.float32(offset[0]), values))
     return count
+
+
+def check_blocks(runner: Runner, level: str) -> int:
+    """Compare the decoders of GGML's blocks; blocks of any bits, so that NaN and Inf are among their scales."""
+    count = 0
+    for name in block_types():
+        kind = block_type(name)
+        blocks = np.random.default_rng(SEED).integers(0, 256, 7 * kind.nbytes, dtype=np.uint8)
+        tables = np.zeros(1, np.uint64) if kind.tables is None else kind.tables
+        with np.errstate(all="ignore"):
+            wanted = kind.reference(blocks.view(kind.layout)).reshape(-1)
+        for element in ELEMENT:
+            dtype = "u4" if element == "F32" else "u2"
+            given = ("out", dtype, 7 * kind.weights)
+            status, (got,) = runner.call(f"qc_{kind.kernel}__{level}", kind.number, blocks, 7, tables, given, ELEMENT[element])
+            expected = from_f32(wanted, element).view(dtype)
+            numbers = ~np.isnan(wanted)  # which NaN an operation gives is the CPU's choice
+            count += 1
+            if status != Status.OK or got[numbers].tobytes() != expected[numbers].tobytes():
+                raise SystemExit(f"{level}: {name} to {element} differs from the reference (QUANTCACHE_TEST_SEED={SEED})")
+    return count
+
+
+def check_merging(runner: Runner, level: str) -> int:
+    """Compare the merging of adapters: sizes below, at and above those that the kernel works in."""
+    sizes = [(1, 1, 1), (3, 64, 65), (65, 66, 64), (64, 3, 130)]
+    for rows, rank, columns in sizes:
+        rng = np.random.default_rng(SEED)
+        weights, left, right = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, columns), (rows, rank), (rank, columns)))
+        scale = np.array([0.7], np.float32)
+        # weights are changed in place, and a runner gives back what it was not given: what is added to 0xa5... shows
+        filled = np.full(rows * columns * 4, 0xA5, np.uint8).view(np.float32).reshape(rows, columns)
+        status, (got,) = runner.call(
+            f"qc_merge_add_product__{level}", ("out", "f4", rows * columns), columns, rows, columns, left, right, rank, scale)
+        wanted = merging.add_product(filled, left, right, scale[0])
+        if status != Status.OK or got.tobytes() != wanted.tobytes():
+            raise SystemExit(f"{level}: merging {rows} x {rank} x {columns} differs (QUANTCACHE_TEST_SEED={SEED})")
+        for element in ELEMENT:
+            values = from_f32(weights.reshape(-1), element)
+            status, (wide,) = runner.call(f"qc_merge_widen__{level}", values, values.size, ELEMENT[element], ("out", "f4", values.size))
+            if status != Status.OK or wide.tobytes() != to_f32(values, element).tobytes():
+                raise SystemExit(f"{level}: widening {element} differs (QUANTCACHE_TEST_SEED={SEED})")
+    return len(sizes) * (1 + len(ELEMENT))
 
 
 def run(command: Sequence[str | Path]) -> None:
