@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ DEFAULT_EXCLUDE = (
 MIN_ELEMENTS = 4096
 
 OTHER = "other"
+_OTHERS = ("f16", "keep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Recipe:
         for rule in self.rules:
             if rule.codec not in (OTHER, "keep", *codec_ids()):
                 codec(rule.codec)  # raises, with the list
-        if other not in ("f16", "keep", "native"):
+        if other not in (*_OTHERS, "native"):
             raise UsageError(f"other={other!r}: it is 'f16', 'keep' or 'native'")
         if native not in ("keep", "convert"):
             raise UsageError(f"native={native!r}: it is 'keep' or 'convert'")
@@ -107,15 +108,30 @@ class Recipe:
             UsageError: patterns or rules beside a recipe, or an unknown codec.
         """
         if isinstance(quant, Recipe):
-            if include is not None or exclude is not None or rules:
-                raise UsageError("include, exclude and rules make the default recipe; put them into the recipe itself")
+            if include is not None or exclude is not None or rules or (other, native) != ("f16", "keep"):
+                raise UsageError("include, exclude, rules, other and native make the default recipe; put them into the recipe itself")
             return quant
         if quant == "native":
+            if include is not None or exclude is not None or native != "keep":
+                raise UsageError("quant='native' leaves tensors as they are: include, exclude and native have nothing to say")
+            if other not in _OTHERS:
+                raise UsageError(f"other={other!r}: it is 'f16' or 'keep'")
             return cls(rules, other="native", native="keep", label="" if rules else "native")
         codec(quant)
         excluded = [Rule(pattern, OTHER) for pattern in (DEFAULT_EXCLUDE if exclude is None else exclude)]
         included = [Rule(pattern, quant) for pattern in (DEFAULT_INCLUDE if include is None else include)]
         return cls([*rules, *excluded, *included], other=other, native=native, label="" if rules else quant)
+
+    @classmethod
+    def from_canonical(cls, document: Mapping[str, Any]) -> Recipe:
+        """Return the recipe whose canonical form that is.
+
+        Raises:
+            UsageError: it names a codec that is not known here.
+            KeyError, TypeError, ValueError: it is no canonical form.
+        """
+        rules = [Rule(str(pattern), str(codec_id), int(exponent)) for pattern, codec_id, exponent in document["rules"]]
+        return cls(rules, other=document["other"], native=document["native"])
 
     def canonical(self) -> dict[str, Any]:
         """Return what of the recipe belongs in the key."""
@@ -128,42 +144,59 @@ class Recipe:
 
     def codecs(self) -> dict[str, Any]:
         """Return the version and parameters of every codec that can take part."""
-        used = {rule.codec for rule in self.rules} & set(codec_ids()) | ({"f16"} if self.other == "f16" or self.native == "convert" else set())
+        used = {rule.codec for rule in self.rules} & set(codec_ids()) | {"f16"}  # f16 takes what an adapter changes
         return {name: {"version": codec(name).version, "parameters": codec(name).parameters()} for name in sorted(used)}
 
-    def decide(self, tensor: TensorInfo) -> Decision:
-        """Decide for one tensor, by its name, type and shape."""
-        rule = next((rule for rule in self.rules if fnmatch.fnmatchcase(tensor.name, rule.pattern)), None)
-        wanted = rule if rule and rule.codec != OTHER else None
-        if tensor.is_block:
-            return self._decide_block(tensor, wanted)
-        if wanted is None and self.other == "native":
-            return Decision("native", reason=f"{tensor.dtype} passes through")
-        if not tensor.is_float:
-            return Decision("keep", reason=f"{tensor.dtype} is not a type of weights")
-        reason = "no rule quantizes it" if wanted is None else ""
-        if wanted is not None and wanted.codec != "keep":
-            if wanted.codec == "f16":
-                return Decision("keep" if tensor.dtype == "F16" and not wanted.exponent else "f16", wanted.exponent)
-            too_small = tensor.size < MIN_ELEMENTS
-            reason = f"fewer than {MIN_ELEMENTS} elements" if too_small else codec(wanted.codec).refuses(tensor.shape) or ""
-            if not reason:
-                return Decision(wanted.codec, wanted.exponent)
-        if wanted is not None and wanted.codec == "keep":
-            return Decision("keep", reason="a rule keeps it")
-        return Decision("f16" if self.other == "f16" and tensor.dtype != "F16" else "keep", reason=reason)
+    def decide(self, tensor: TensorInfo, *, merged: bool = False) -> Decision:
+        """Decide for one tensor, by its name, type and shape.
 
-    def _decide_block(self, tensor: TensorInfo, wanted: Rule | None) -> Decision:
-        target = wanted.codec if wanted is not None and wanted.codec != "keep" else None
-        refused = target is not None and (tensor.size < MIN_ELEMENTS or codec(target).refuses(tensor.shape) is not None)
-        if self.native == "convert":
-            return Decision("f16" if target is None or refused else target, wanted.exponent if wanted and not refused else 0)
-        if target is None or refused or wanted is None:
+        Args:
+            tensor: of the source.
+            merged: an adapter changes it, so that it cannot pass through.
+        """
+        rule = next((rule for rule in self.rules if fnmatch.fnmatchcase(tensor.name, rule.pattern)), None)
+        wanted = rule if rule and rule.codec not in (OTHER, "keep") and not tensor.transposed else None
+        exponent = rule.exponent if rule else 0
+        if tensor.is_block:
+            return self._decide_block(tensor, wanted, exponent, must_change=merged or exponent != 0)
+        if not tensor.is_float:
+            native = (rule is None or rule.codec == OTHER) and self.other == "native"
+            reason = "passes through" if native else "is not a type of weights"
+            return Decision("native" if native else "keep", reason=f"{tensor.dtype} {reason}")
+        if rule and rule.codec == "keep":
+            return Decision("keep", exponent, "a rule keeps it")
+        if wanted is None and self.other == "native":
+            if merged or exponent:
+                return Decision("keep", exponent, "an adapter or a factor changes it")
+            return Decision("native", reason=f"{tensor.dtype} passes through")
+        reason = "no rule quantizes it" if wanted is None else ""
+        if wanted is not None and wanted.codec != "f16":
+            reason = _refuses(wanted.codec, tensor)
+            if not reason:
+                return Decision(wanted.codec, exponent)
+        half = self.other == "f16" or (wanted is not None and wanted.codec == "f16")
+        if not half or (tensor.dtype == "F16" and not exponent):
+            return Decision("keep", exponent, reason)
+        return Decision("f16", exponent, reason)
+
+    def _decide_block(self, tensor: TensorInfo, wanted: Rule | None, exponent: int, *, must_change: bool) -> Decision:
+        if not tensor.is_known:
+            return Decision("native", reason=f"{tensor.dtype} is unknown here")
+        target = wanted.codec if wanted is not None else None
+        refused = _refuses(target, tensor) if target is not None else "no rule quantizes it"
+        if self.native == "convert" or must_change or tensor.transposed:
+            return Decision("f16" if target is None or refused else target, exponent, refused)
+        if target is None or refused:
             return Decision("native", reason=f"{tensor.dtype} passes through")
         bits = tensor.nbytes * 8 / max(1, tensor.size)
         if bits <= codec(target).bits_per_weight() + 0.01:
             return Decision("native", reason=f"{tensor.dtype} is not larger than {target}")
-        return Decision(target, wanted.exponent)
+        return Decision(target)
+
+
+def _refuses(codec_id: str, tensor: TensorInfo) -> str:
+    """Return why a tensor is not quantized by a codec, by its shape; "" if it is."""
+    return f"fewer than {MIN_ELEMENTS} elements" if tensor.size < MIN_ELEMENTS else codec(codec_id).refuses(tensor.shape) or ""
 
 
 def _rule(given: Sequence[Any]) -> Rule:
@@ -172,7 +205,9 @@ def _rule(given: Sequence[Any]) -> Rule:
         raise UsageError(f"a rule is (pattern, codec) or (pattern, codec, factor), not {given!r}")
     if len(given) == 2:
         return Rule(given[0], given[1])
-    mantissa, exponent = math.frexp(float(given[2]))
+    if isinstance(given[2], bool) or not isinstance(given[2], int | float):
+        raise UsageError(f"the factor {given[2]!r} of rule {given[0]!r} is no number")
+    mantissa, exponent = math.frexp(given[2])
     if mantissa != 0.5 or not -100 <= exponent <= 100:
         raise UsageError(f"the factor {given[2]} of rule {given[0]!r} is not a power of two")
     return Rule(given[0], given[1], exponent - 1)

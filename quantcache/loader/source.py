@@ -21,9 +21,12 @@ from numpy.typing import NDArray
 
 from quantcache.errors import SourceError, SourceNotFoundError, UsageError
 from quantcache.loader.mapping import MappedFile
-from quantcache.tensor import TensorInfo, array_dtype
+from quantcache.loader.names import runtime_names
+from quantcache.quant.blocks import VERSION as BLOCKS_VERSION
+from quantcache.quant.blocks import to_little_endian
+from quantcache.tensor import BLOCKS, ITEMSIZE, TensorInfo, array_dtype
 
-__all__ = ["Format", "Header", "Source", "open_checkpoint", "register"]
+__all__ = ["Format", "Header", "Source", "model_files", "open_checkpoint", "register"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,12 @@ class Header:
     Args:
         tensors: in file order; offsets are from the start of the file and lie inside it.
         metadata: what the file says about itself, as far as it is cheap to read.
+        big_endian: every number in it is, tensors' included.
     """
 
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    big_endian: bool = False
 
 
 class Format(ABC):
@@ -71,7 +76,15 @@ class Format(ABC):
         return None
 
     def check_shards(self, path: Path, sources: Sequence[Source]) -> None:
-        """Check a split checkpoint against its index, once the headers are known."""
+        """Check the files of a checkpoint against each other, and against an index, once the headers are known.
+
+        Args:
+            path: what `shards` was asked for.
+            sources: of any format.
+
+        Raises:
+            SourceError: a file of this format is not the whole checkpoint, or an index of it is wrong.
+        """
 
 
 _registry: dict[str, Format] = {}
@@ -125,7 +138,15 @@ class Source:
                 hint="PyTorch .pth/.bin checkpoints can execute code when read: convert them to .safetensors first",
             )
         self.metadata = header.metadata
+        self.big_endian = header.big_endian
         self.tensors = {info.name: info for info in header.tensors}
+        #: the scheme by which tensors were renamed, with its version; part of what an entry's bytes depend on
+        self.names = ""
+
+    def reading(self) -> dict[str, Any]:
+        """Return what an entry's bytes depend on beside the file's own: how its tensors are named, and its blocks decoded."""
+        blocks = any(info.is_block for info in self.tensors.values())
+        return ({"names": self.names} if self.names else {}) | ({"blocks": BLOCKS_VERSION} if blocks else {})
 
     def check(self) -> None:
         """Check that every tensor lies inside the file.
@@ -144,25 +165,52 @@ class Source:
                 )
 
     def view(self, name: str) -> NDArray[Any]:
-        """Return a tensor as it is stored, without a copy.
+        """Return a tensor as it is stored, without a copy (a big-endian file: as a little-endian copy).
 
         Args:
             name: the tensor's.
 
         Returns:
-            Read-only; element types in their shape (perhaps unaligned), block types as uint8 [..., row bytes].
+            Read-only; element types in the shape that the name promises (perhaps unaligned), block types as
+            uint8 [..., row bytes].
 
         Raises:
-            SourceError: there is no such tensor, or the file is too short for it.
+            SourceError: there is no such tensor, the file is too short for it, or its type is unknown.
         """
         if name not in self.tensors:
             raise SourceError("no such tensor", path=self.path, tensor=name)
         info = self.tensors[name]
-        raw = self.raw(info)
+        if not info.is_known:
+            raise SourceError(f"has the unknown {info.dtype}", path=self.path, tensor=name, offset=info.offset)
+        raw = self._little_endian(info, self.raw(info))
+        raw.flags.writeable = False
         if info.is_block:
             rows = info.shape[:-1] if len(info.shape) > 1 else (1,)
             return raw.reshape(*rows, -1) if raw.size else raw
-        return raw.view(array_dtype(info.dtype)).reshape(info.shape)
+        array = raw.view(array_dtype(info.dtype)).reshape(info.shape)
+        return array.swapaxes(-1, -2) if info.transposed else array
+
+    def piece(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return the bytes of some weights, faulted in and little-endian; a view wherever that is possible.
+
+        Args:
+            info: the tensor.
+            start, stop: first weight and the one behind the last, at whole blocks.
+
+        Raises:
+            SourceError: the disk failed, or the file has become shorter.
+        """
+        block, nbytes = BLOCKS[info.dtype] if info.is_block else (1, ITEMSIZE[info.dtype])
+        first, last = start // block * nbytes, stop // block * nbytes
+        self.file.populate(info.offset + first, last - first)
+        return self._little_endian(info, self.raw(info)[first:last])
+
+    def _little_endian(self, info: TensorInfo, raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if not self.big_endian:
+            return raw
+        if info.is_block:
+            return to_little_endian(info.dtype, raw)
+        return raw.view(f"u{ITEMSIZE[info.dtype]}").byteswap().view(np.uint8)
 
     def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
         """Return a tensor's bytes, faulted in.
@@ -176,11 +224,13 @@ class Source:
         return raw
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> list[Source]:
+def open_checkpoint(path: str | os.PathLike[str], names: str = "auto") -> list[Source]:
     """Open all files of a checkpoint and check them.
 
     Args:
-        path: a model file, one of its shards' index, or a folder (a hub snapshot or a repository's cache folder too).
+        path: a model file, one of its shards or their index, or a folder (a hub snapshot or a repository's cache
+            folder too).
+        names: "auto" gives the tensors of an RWKV GGUF the names of RWKV's own checkpoints; "file" leaves names alone.
 
     Returns:
         The sources in order; more than one for a sharded checkpoint.
@@ -198,17 +248,23 @@ def open_checkpoint(path: str | os.PathLike[str]) -> list[Source]:
         ) from error
     if where.is_dir():
         where = _snapshot(where)
+    found = (known.shards(where) for known in _formats())
+    files = next((files for files in found if files is not None), None)
+    sources = [Source(file) for file in files or [_only_file(where) if where.is_dir() else where]]
     for known in _formats():
-        files = known.shards(where)
-        if files is not None:
-            sources = [Source(file) for file in files]
-            known.check_shards(where, sources)
-            break
-    else:
-        sources = [Source(_only_file(where) if where.is_dir() else where)]
-    owner: dict[str, Path] = {}
+        known.check_shards(where, sources)
     for source in sources:
         source.check()
+    if names == "auto":
+        # the later parts of a split file carry no architecture
+        metadata = sources[0].metadata
+        named = runtime_names([source.tensors for source in sources], metadata.get("general.architecture"), metadata)
+        for source, (tensors, scheme) in zip(sources, named, strict=True):
+            source.tensors, source.names = tensors, scheme
+    elif names != "file":
+        raise UsageError(f"names={names!r}: it is 'auto' or 'file'")
+    owner: dict[str, Path] = {}
+    for source in sources:
         for name in source.tensors:
             if name in owner:
                 raise SourceError(f"stands in {owner[name].name} too", path=source.path, tensor=name)
@@ -227,15 +283,21 @@ def _snapshot(folder: Path) -> Path:
     return snapshot if revision and Path(revision).name == revision and snapshot.is_dir() else folder
 
 
+def model_files(folder: Path) -> list[Path]:
+    """Return the files in a folder that are called like models of any format, sorted."""
+    suffixes = tuple(suffix for known in _formats() for suffix in known.suffixes)
+    return sorted(file for file in folder.iterdir() if file.name.endswith(suffixes) and file.is_file())
+
+
 def _only_file(folder: Path) -> Path:
     """Return the one model file in a folder."""
-    suffixes = tuple(suffix for known in _formats() for suffix in known.suffixes)
-    files = sorted(file for file in folder.iterdir() if file.name.endswith(suffixes) and file.is_file())
+    files = model_files(folder)
     preferred = [file for file in files if file.name == "model.safetensors"]
     if len(files) == 1 or preferred:
         return (preferred or files)[0]
     if not files:
-        raise SourceNotFoundError(f"no model file in this folder ({', '.join(suffixes)})", path=folder)
+        suffixes = ", ".join(suffix for known in _formats() for suffix in known.suffixes)
+        raise SourceNotFoundError(f"no model file in this folder ({suffixes})", path=folder)
     names = ", ".join(file.name for file in files[:5])
     raise SourceError(
         f"{len(files)} model files and no index: {names}", path=folder, hint="name the file that you want"

@@ -181,9 +181,18 @@ def test_other_version(tmp_path: Path, version: int) -> None:
     assert str(version) in str(_refused(_file(tmp_path, version=version), "version"))
 
 
-def test_big_endian(tmp_path: Path) -> None:
-    """A file of the other byte order is recognized as such."""
-    _refused(_file(tmp_path, version=3 << 24), "big-endian")
+@pytest.mark.parametrize("version", [2, 3])
+def test_half_big_endian(tmp_path: Path, version: int) -> None:
+    """A file whose version alone is big-endian is read as if all of it were: the counts are what they are then."""
+    _refused(_file(tmp_path, version=version << 24, tensors=[_tensor("w", [1])]), "the limit is")
+    assert open_checkpoint(_file(tmp_path, version=version << 24))[0].tensors == {}
+
+
+@pytest.mark.parametrize("version", [0, 1, 4, 1 << 8, 0xFFFFFF])
+def test_other_big_endian_version(tmp_path: Path, version: int) -> None:
+    """A big-endian version other than 2 and 3 is refused as well."""
+    turned = int.from_bytes(version.to_bytes(4, "big"), "little")
+    assert _refused(_file(tmp_path, version=turned), "version").offset == 4
 
 
 @pytest.mark.parametrize("count", [1 << 21, 1 << 32, 1 << 63, U64])

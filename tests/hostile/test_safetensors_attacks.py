@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as library
 
+import quantcache as qc
 from quantcache.errors import SourceError
 from quantcache.loader.source import open_checkpoint
 
@@ -130,7 +133,47 @@ def test_broken_json(tmp_path: Path, text: bytes) -> None:
 def test_deep_nesting(tmp_path: Path, depth: int, brackets: str) -> None:
     """Nesting of any depth is refused, and does not overflow the stack."""
     inner = b"[" * depth + b"]" * depth if brackets == "[]" else b'{"a":' * depth + b"1" + b"}" * depth
-    _refused(_file(tmp_path, b'{"a":' + inner + b"}"), "not JSON|entry must have", tensor="a" if depth == 100 else None)
+    _refused(_file(tmp_path, b'{"a":' + inner + b"}"), "not JSON|entry must have|more than", tensor="a" if depth == 100 else None)
+
+
+@pytest.mark.parametrize("mark", ["_", ".", "a.", "0."])
+def test_long_name(tmp_path: Path, mark: str) -> None:
+    """A long name of nothing but separators is loaded in memory of its own size, not of its square."""
+    name = mark * 16_000 + ".weight"
+    path = _file(tmp_path, {name: _entry(0, 4, [1], "F32")}, bytes(4))
+    tracemalloc.start()
+    with qc.load(path, "f16", mode="off") as model:
+        assert model[name].tolist() == [0]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * MIB
+
+
+@pytest.mark.parametrize("inside", [b"", b'{"b":['])
+def test_many_values(tmp_path: Path, inside: bytes) -> None:
+    """More values than a model has tensors are refused before Python makes an object of each."""
+    path = _file(tmp_path, b'{"a":' + inside + b"[" + b"1," * 600_000 + b"1]}")
+    tracemalloc.start()
+    _refused(path, "more than", offset=8)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * MIB
+
+
+def test_many_commas_in_a_name(tmp_path: Path) -> None:
+    """Commas and brackets inside of a text are no values."""
+    text = json.dumps({"__metadata__": {"k": "[,{" * 300_000 + '\\"'}, "w": _entry(0, 1, [1])}).encode()
+    (source,) = open_checkpoint(_file(tmp_path, text, b"x"))
+    assert list(source.tensors) == ["w"]
+
+
+@pytest.mark.parametrize("tail", [b'"' + b'\\"' * 1_000_000, b'"' * 1_000_001, b'"' + b"\\" * 2_000_001, b'"a' * 1_000_000], ids=len)
+def test_texts_without_an_end(tmp_path: Path, tail: bytes) -> None:
+    """A header of a million quotes that close nothing is refused in one pass over it: in two, it would take days."""
+    path = _file(tmp_path, b'{"a":[' + b"1," * 600_000 + tail)
+    code = "import sys; from quantcache.loader.source import open_checkpoint; open_checkpoint(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=20, check=False)
+    assert "SourceError" in done.stderr
 
 
 @pytest.mark.parametrize("raw", [b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf4\x90\x80\x80"])

@@ -14,14 +14,12 @@ from gguf import GGMLQuantizationType
 from quantcache.errors import SourceError
 from quantcache.loader.formats.gguf import TYPES, ArrayValue
 from quantcache.loader.source import Source, open_checkpoint
-from quantcache.tensor import ITEMSIZE
+from quantcache.tensor import BLOCKS, ITEMSIZE
 
 ALLQUANT = ["IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q1_0", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "TQ1_0", "TQ2_0"]
 #: what the installed gguf package can write: it has another size of Q8_1, and does not know the newest types
 KNOWN = {kind.value: size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-BLOCK_TYPES = [
-    number for number, (name, weights, _) in TYPES.items() if weights > 1 and name != "Q8_1" and number in KNOWN
-]
+BLOCK_TYPES = [number for number, name in TYPES.items() if name in BLOCKS and name != "Q8_1" and number in KNOWN]
 
 
 def _write(writer: gguf.GGUFWriter) -> None:
@@ -102,11 +100,11 @@ def test_sizes_of_blocks() -> None:
     """The sizes of blocks are those of the gguf package; Q8_1 is ggml's 36 bytes, where the package says 40."""
     assert set(KNOWN) <= set(TYPES)
     for number in KNOWN:
-        name, weights, nbytes = TYPES[number]
+        name = TYPES[number]
         assert GGMLQuantizationType(number).name == name
-        assert (weights, nbytes) == ((32, 36) if name == "Q8_1" else KNOWN[number]), name
-        if weights == 1:
-            assert ITEMSIZE[name] == nbytes
+        found = BLOCKS[name] if name in BLOCKS else (1, ITEMSIZE[name])
+        assert found == ((32, 36) if name == "Q8_1" else KNOWN[number]), name
+    assert set(BLOCKS) <= set(TYPES.values()) <= {*BLOCKS, *ITEMSIZE}
 
 
 @pytest.mark.parametrize("name", ["32_DATA_SUCCESS", "33_DATA_CUSTOM_ALIGN"])
@@ -122,7 +120,8 @@ def test_q2_0(test_data: Path, name: str) -> None:
 @pytest.mark.parametrize("rows", [(), (3,), (2, 3), (2, 1, 3)])
 def test_every_block_type(tmp_path: Path, number: int, rows: tuple[int, ...]) -> None:
     """Every block type is viewed as bytes, one row of blocks a row, with its shape in weights."""
-    name, weights, nbytes = TYPES[number]
+    name = TYPES[number]
+    weights, nbytes = BLOCKS[name]
     raw = np.random.default_rng(number).integers(0, 256, (*rows, 2 * nbytes)).astype(np.uint8)
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")

@@ -1,4 +1,4 @@
-"""Read GGUF headers, versions 2 and 3. Knows no pipeline and decodes no block.
+"""Read GGUF headers, versions 2 and 3, both byte orders, whole or split. Knows no pipeline and decodes no block.
 
 Arrays are skipped, not built: a vocabulary of 150,000 strings costs one pass over their lengths and no Python object
 a string. `ArrayValue` reads one when it is asked for.
@@ -8,32 +8,35 @@ Source: ggml's docs/gguf.md; llama.cpp's verdicts on its own test files.
 from __future__ import annotations
 
 import math
+import re
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from quantcache.errors import SourceError, shorten
 from quantcache.loader.mapping import MappedFile
-from quantcache.loader.source import Format, Header, register
-from quantcache.tensor import TensorInfo
+from quantcache.loader.source import Format, Header, Source, model_files, register
+from quantcache.tensor import BLOCKS, ITEMSIZE, TensorInfo
 
-#: GGML type number -> name, weights in a block, bytes of a block. Element types go by their safetensors names.
-TYPES: dict[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
-    42: ("Q2_0", 64, 18),
+#: GGML type number -> name. Element types go by their safetensors names.
+TYPES: dict[int, str] = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
+    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
 }  # fmt: skip
 
+#: How the parts of a split file are called: number of the part, from 1, and of all parts.
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SPLIT_NUMBER, _SPLIT_COUNT, _SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+
 MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 20
+MAX_TENSORS = 1 << 16  # a tensor of 28 bytes in the header takes 500 as a Python object
 MAX_NAME = 64  # ggml's own limit, the closing 0 included
 MAX_KEY = (1 << 16) - 1
+MAX_TEXT = 1 << 20  # bytes of all texts that are decoded: as Python's text they may take eight times as much
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
 _SCALAR = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _WIDTH = {kind: struct.calcsize(f"<{code}") for kind, code in _SCALAR.items()}
@@ -41,11 +44,17 @@ _MAX_NESTING = 4
 
 
 class _Reader:
-    """Walk a header with a bound on every step."""
+    """Walk a header with a bound on every step.
 
-    def __init__(self, file: MappedFile) -> None:
+    Args:
+        file: to read.
+        order: "<" or ">", the byte order of every number.
+        position: of the first byte.
+    """
+
+    def __init__(self, file: MappedFile, order: str = "<", position: int = 0) -> None:
         self.file, self.memory, self.end = file, file.memory, file.nbytes
-        self.position = 0
+        self.order, self.position = order, position
 
     def refuse(self, message: str, *, tensor: str | None = None) -> NoReturn:
         raise SourceError(message, path=self.file.path, tensor=tensor, offset=self.position)
@@ -54,7 +63,7 @@ class _Reader:
         width = struct.calcsize(f"<{code}")
         if self.position + width > self.end:
             self.refuse(f"the file ends inside {what} (truncated?)")
-        (value,) = struct.unpack_from(f"<{code}", self.memory, self.position)
+        (value,) = struct.unpack_from(f"{self.order}{code}", self.memory, self.position)
         self.position += width
         return value
 
@@ -82,7 +91,7 @@ class _Reader:
         if count * 8 > self.end - self.position:
             self.refuse(f"{what} claims {count} values, the file ends before them (truncated?)")
         if kind == _STRING:
-            length_at = struct.Struct("<Q").unpack_from
+            length_at = struct.Struct(f"{self.order}Q").unpack_from
             memory, position = self.memory, self.position
             try:
                 for _ in range(count):
@@ -109,27 +118,27 @@ class ArrayValue:
         kind: GGUF's number of the element type.
         count: of elements.
         offset: of the first element.
+        order: of its bytes, "<" or ">".
     """
 
     file: MappedFile
     kind: int
     count: int
     offset: int
+    order: str = "<"
 
     def __len__(self) -> int:
         """Return the number of elements."""
         return self.count
 
     def read(self) -> list[Any]:
-        """Build the elements: numbers, or bytes for strings (vocabularies are not always UTF-8)."""
-        reader = _Reader(self.file)
-        reader.position = self.offset
-        return _values(reader, self.kind, self.count)
+        """Build the elements: numbers, bytes for strings (vocabularies are not always UTF-8), lists for arrays."""
+        return _values(_Reader(self.file, self.order, self.offset), self.kind, self.count)
 
 
 def _values(reader: _Reader, kind: int, count: int) -> list[Any]:
     if kind in _SCALAR:
-        found = struct.unpack_from(f"<{count}{_SCALAR[kind]}", reader.memory, reader.position)
+        found = struct.unpack_from(f"{reader.order}{count}{_SCALAR[kind]}", reader.memory, reader.position)
         reader.position += count * _WIDTH[kind]
         return list(found)
     built: list[Any] = []
@@ -157,14 +166,14 @@ class Gguf(Format):
 
     def parse(self, file: MappedFile) -> Header:
         """Read keys and tensor descriptions; tensors may lie behind the end of a cut file, `Source.check` says so."""
-        reader = _Reader(file)
-        reader.position = 4
+        reader = _Reader(file, position=4)
         version = reader.number("I", "the version")
         if version not in (2, 3):
-            reader.position = 4
-            swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            big = " (a big-endian file)" if swapped in (2, 3) else ""
-            reader.refuse(f"GGUF version {version}{big}; 2 and 3 can be read")
+            # big-endian files have the same magic and turn every number round, the version first
+            reader = _Reader(file, ">", 4)
+            if reader.number("I", "the version") not in (2, 3):
+                reader.position = 4
+                reader.refuse(f"GGUF version {version}; 2 and 3 can be read")
         tensor_count = reader.number("Q", "the number of tensors")
         key_count = reader.number("Q", "the number of keys")
         if tensor_count > MAX_TENSORS:
@@ -180,21 +189,100 @@ class Gguf(Format):
                 reader.refuse("stands in the header twice", tensor=name)
             seen.add(name)
         start = -(-reader.position // alignment) * alignment
-        expected = 0
-        tensors = []
-        for name, dtype, shape, nbytes, offset in described:
-            if offset != expected:
-                reader.refuse(f"its offset is {offset}, the tensors before it end at {expected}", tensor=name)
+        tensors = tuple(_placed(reader, described, start, alignment))
+        if not metadata.get(_SPLIT_COUNT):  # other parts may have tensors that can be read
+            _check_types(tensors, file.path)
+        return Header(tensors, metadata, big_endian=reader.order == ">")
+
+    def shards(self, path: Path) -> list[Path] | None:
+        """Return all parts of a split file, given one of them or their folder."""
+        if path.is_dir():
+            parts = [_PART.fullmatch(file.name) for file in model_files(path)]
+            # another model beside a split one: the user has to say which
+            if not parts or len({part and (part["stem"], part["count"]) for part in parts}) > 1 or parts[0] is None:
+                return None
+            found, folder = parts[0], path
+        else:
+            match = _PART.fullmatch(path.name)
+            if match is None:
+                return None  # check_shards sees to parts with other names
+            found, folder = match, path.parent
+        count = int(found["count"])
+        if not 1 <= int(found["number"]) <= count:
+            raise SourceError(f"part {int(found['number'])} of {count} cannot be", path=path)
+        files = []
+        for number in range(1, count + 1):
+            file = folder / f"{found['stem']}-{number:05}-of-{count:05}.gguf"
+            if not file.exists():
+                raise SourceError(f"part {number} of {count} is missing", path=file, hint="all parts stand in one folder")
+            files.append(file)
+        return files
+
+    def check_shards(self, path: Path, sources: Sequence[Source]) -> None:
+        """Check that every part is the one that its name says, and that no tensor is missing."""
+        if any(source.format != self.id for source in sources):
+            return
+        for position, source in enumerate(sources):
+            count, number = (_number(source.metadata.get(key, default)) for key, default in ((_SPLIT_COUNT, 1), (_SPLIT_NUMBER, 0)))
+            if (count, number) != (len(sources), position) and len(sources) > 1:
+                raise SourceError(
+                    f"says that it is part {number} + 1 of {count}, its name says {position + 1} of {len(sources)}",
+                    path=source.path,
+                )
+            if count not in (0, len(sources)):
+                raise SourceError(
+                    f"is a part of {count}, and its name does not say where the others are",
+                    path=source.path,
+                    hint="parts are called NAME-00001-of-00003.gguf",
+                )
+        wanted = _number(sources[0].metadata.get(_SPLIT_TENSORS))
+        found = sum(len(source.tensors) for source in sources)
+        if len(sources) > 1 and wanted is not None and wanted != found:
+            raise SourceError(f"the parts should have {wanted} tensors together, they have {found}", path=sources[0].path)
+        _check_types([info for source in sources for info in source.tensors.values()], sources[0].path)
+
+
+def _number(value: Any) -> Any:
+    """Return what a key says, as a message can show it."""
+    return f"{value.count} values" if isinstance(value, ArrayValue) else shorten(value) if isinstance(value, str) else value
+
+
+def _check_types(tensors: Sequence[TensorInfo], path: Path) -> None:
+    """Refuse a model of which nothing can be read, as llama.cpp does."""
+    if tensors and not any(tensor.is_known for tensor in tensors):
+        first = tensors[0]
+        raise SourceError(
+            f"has the unknown {first.dtype}, and no tensor has a known one", path=path, tensor=first.name, offset=first.offset
+        )
+
+
+#: Name, type, shape, bytes (None if the type is unknown) and offset in the data section.
+_Described = tuple[str, str, tuple[int, ...], int | None, int]
+
+
+def _placed(reader: _Reader, described: Sequence[_Described], start: int, alignment: int) -> Iterable[TensorInfo]:
+    """Check that tensors stand one behind the other; one of an unknown type reaches to the next, or to the end."""
+    expected = 0
+    for position, (name, dtype, shape, nbytes, offset) in enumerate(described):
+        if offset != expected:
+            reader.refuse(f"its offset is {offset}, the tensors before it end at {expected}", tensor=name)
+        if nbytes is None:
+            following = described[position + 1][4] if position + 1 < len(described) else reader.end - start
+            nbytes = following - offset
+            if nbytes < 0:
+                reader.refuse(f"has the unknown {dtype}, and what follows does not show its size", tensor=name)
+            expected = following
+        else:
             expected += -(-nbytes // alignment) * alignment
-            if expected >= 1 << 63:
-                reader.refuse("the tensors' sizes overflow", tensor=name)
-            tensors.append(TensorInfo(name, dtype, shape, start + offset, nbytes))
-        return Header(tuple(tensors), metadata)
+        if expected >= 1 << 63:
+            reader.refuse("the tensors' sizes overflow", tensor=name)
+        yield TensorInfo(name, dtype, shape, start + offset, nbytes)
 
 
 def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
     """Read the keys; arrays stay where they are."""
     metadata: dict[str, Any] = {}
+    text_left = MAX_TEXT
     for _ in range(count):
         key = reader.text("a key", MAX_KEY)
         if not key:
@@ -206,10 +294,18 @@ def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
         if kind in _SCALAR:
             metadata[key] = reader.number(_SCALAR[kind], what)
         elif kind == _STRING:
-            metadata[key] = reader.text(what, reader.end, "backslashreplace")  # llama.cpp takes any bytes here
+            start = reader.position
+            length = reader.number("Q", f"the length of {what}")
+            if text_left < length <= reader.end - reader.position:  # stands where it is until it is asked for, as an array of one
+                reader.position = start
+                reader.skip(_STRING, 1, what)
+                metadata[key] = ArrayValue(reader.file, _STRING, 1, start, reader.order)
+            else:
+                reader.position, text_left = start, text_left - length
+                metadata[key] = reader.text(what, reader.end, "backslashreplace")  # llama.cpp takes any bytes here
         elif kind == _ARRAY:
             inner, length = reader.number("I", what), reader.number("Q", what)
-            metadata[key] = ArrayValue(reader.file, inner, length, reader.position)
+            metadata[key] = ArrayValue(reader.file, inner, length, reader.position, reader.order)
             reader.skip(inner, length, what)
         else:
             reader.refuse(f"{what} has the unknown type {kind}")
@@ -220,7 +316,7 @@ def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
     return metadata
 
 
-def _tensor(reader: _Reader, alignment: int) -> tuple[str, str, tuple[int, ...], int, int]:
+def _tensor(reader: _Reader, alignment: int) -> _Described:
     """Read and check one tensor's description: name, type, shape, bytes, offset in the data section."""
     name = reader.text("a tensor's name", MAX_NAME - 1)
     dimensions = reader.number("I", f"tensor {shorten(name)}")
@@ -231,14 +327,17 @@ def _tensor(reader: _Reader, alignment: int) -> tuple[str, str, tuple[int, ...],
         reader.refuse(f"has a negative size in {sizes}", tensor=name)
     kind = reader.number("I", f"tensor {shorten(name)}")
     offset = reader.number("Q", f"tensor {shorten(name)}")
+    if offset % alignment:
+        reader.refuse(f"its offset {offset} is not a multiple of the alignment {alignment}", tensor=name)
     if kind not in TYPES:
-        reader.refuse(f"has the unknown GGML type {kind}", tensor=name)
-    dtype, block, block_nbytes = TYPES[kind]
+        if math.prod(max(size, 1) for size in sizes) >= 1 << 63:
+            reader.refuse(f"its shape {sizes} overflows", tensor=name)
+        return name, f"GGML type {kind}", tuple(reversed(sizes)), None, offset
+    dtype = TYPES[kind]
+    block, block_nbytes = BLOCKS[dtype] if dtype in BLOCKS else (1, ITEMSIZE[dtype])
     row = sizes[0] if sizes else 1
     if row % block:
         reader.refuse(f"{dtype} needs rows of whole blocks of {block}, a row has {row}", tensor=name)
-    if offset % alignment:
-        reader.refuse(f"its offset {offset} is not a multiple of the alignment {alignment}", tensor=name)
     nbytes = math.prod(sizes) // block * block_nbytes
     # a size of 0 hides nothing: NumPy refuses a shape whose other sizes overflow
     widest = math.prod(max(size, 1) for size in sizes) * (block_nbytes if block == 1 else 1)

@@ -21,6 +21,10 @@ from quantcache.tensor import ITEMSIZE, TensorInfo
 #: A header of 20,000 tensors has 3 MB. The library's limit is 100 MB, which parses into a gigabyte.
 MAX_HEADER = 32 << 20
 MAX_INDEX = 64 << 20
+#: JSON values in a header or an index: 58,000 tensors. A value of three bytes may take a hundred as a Python object.
+MAX_VALUES = 1 << 19
+#: Possessive, so that nothing is kept to go back to; a text without an end is taken to the end, and not tried again.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors")
 
 
@@ -40,7 +44,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _count_values(text: bytes) -> int:
+    """Return a bound on the number of values in a JSON text, from its commas and opening brackets."""
+    count = sum(map(text.count, (b",", b"[", b"{")))
+    return count if count <= MAX_VALUES else sum(map(_STRING.sub(b"", text).count, (b",", b"[", b"{")))
+
+
 def _load_json(text: bytes, path: Path, what: str, start: int = 0) -> Any:
+    if _count_values(text) > MAX_VALUES:
+        raise SourceError(f"{what} has more than {MAX_VALUES} values", path=path, offset=start)
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         if b"\\u" in text:  # an escape can smuggle in half a character, which no name can hold

@@ -1,0 +1,81 @@
+"""Own what the tests of the loader share: a writer of GGUF files that follows ggml's docs/gguf.md and nothing else."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+UINT32, STRING, ARRAY = 4, 8, 9
+_SCALAR = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {
+    np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int8): 24, np.dtype(np.int16): 25, np.dtype(np.int32): 26,
+    np.dtype(np.int64): 27, np.dtype(np.float64): 28, np.dtype(ml_dtypes.bfloat16): 30,
+}  # fmt: skip
+
+
+def _text(order: str, value: str | bytes) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return struct.pack(f"{order}Q", len(raw)) + raw
+
+
+def _value(order: str, kind: int, value: Any) -> bytes:
+    """Return a value; an array's is (type of its elements, elements)."""
+    if kind in _SCALAR:
+        return struct.pack(f"{order}{_SCALAR[kind]}", value)
+    if kind == STRING:
+        return _text(order, value)
+    inner, elements = value
+    head = struct.pack(f"{order}IQ", inner, len(elements))
+    return head + b"".join(_value(order, inner, element) for element in elements)
+
+
+def _write_gguf(
+    path: Path,
+    tensors: Mapping[str, Any],
+    keys: Mapping[str, Any] | None = None,
+    *,
+    order: str = "<",
+    version: int = 3,
+    alignment: int = 32,
+) -> Path:
+    """Write a file.
+
+    Args:
+        path: where to.
+        tensors: name -> array, or (number of the type, shape in NumPy's order, bytes as they stand in the file).
+        keys: name -> text, a number (written as uint32), or (number of the value's type, value).
+        order: "<" or ">".
+        version: of the format.
+        alignment: of the tensors; in the keys if it is not 32.
+    """
+    keys = dict(keys or {}) | ({"general.alignment": alignment} if alignment != 32 else {})
+    described, content = b"", b""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, tuple):
+            kind, shape, raw = tensor
+        else:
+            kind, shape = _NUMBERS[tensor.dtype], tensor.shape
+            plain = tensor.view(np.uint16) if tensor.dtype == ml_dtypes.bfloat16 else tensor
+            raw = plain.astype(plain.dtype.newbyteorder(order)).tobytes()
+        described += _text(order, name) + struct.pack(f"{order}I", len(shape))
+        described += struct.pack(f"{order}{len(shape)}QIQ", *reversed(shape), kind, len(content))
+        content += raw.ljust(-(-len(raw) // alignment) * alignment, b"\0")
+    header = b"GGUF" + struct.pack(f"{order}IQQ", version, len(tensors), len(keys))
+    for name, given in keys.items():
+        kind, value = given if isinstance(given, tuple) else (STRING if isinstance(given, str) else UINT32, given)
+        header += _text(order, name) + struct.pack(f"{order}I", kind) + _value(order, kind, value)
+    header += described
+    path.write_bytes(header.ljust(-(-len(header) // alignment) * alignment, b"\0") + content)
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., Path]:
+    """Return a function that writes a GGUF file from arrays and keys."""
+    return _write_gguf
