@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,14 @@ from quantcache.cache.key import Stamp, canonical, digest, fingerprint
 from quantcache.cache.settings import resolve
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheWarning, StoreReadOnlyError, UsageError
+from quantcache.loader.changes import key_entry
+from quantcache.loader.changes import resolve as resolve_changes
+from quantcache.loader.lora import Alpha, open_adapter, paired
 from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads, source_digest
-from quantcache.loader.plan import key_document, layer_key, native_names, plan
+from quantcache.loader.plan import Request, layer_key, native_names, plan
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source, open_checkpoint
+from quantcache.quant.blocks import dequantize
 from quantcache.quant.codec import codec
 from quantcache.tensor import QuantTensor, TensorInfo, array_dtype
 
@@ -57,9 +62,9 @@ class TensorReport:
 class _Shard:
     """Serve one file. `entry` or `build` is set, or neither if all its tensors pass through."""
 
-    def __init__(self, source: Source, recipe: Recipe) -> None:
-        self.source, self.recipe = source, recipe
-        self.native = {info.name: info for info in native_names(source.tensors.values(), recipe)}
+    def __init__(self, source: Source, request: Request) -> None:
+        self.source, self.request = source, request
+        self.native = {info.name: info for info in native_names(source.tensors.values(), request)}
         self.entry: StoredEntry | None = None
         self.records: dict[str, dict[str, Any]] = {}
         self.build: Build | None = None
@@ -201,8 +206,8 @@ class Model(Mapping[str, Tensor]):
             shard = self._home[name]
             if name in shard.native:
                 info = shard.native[name]
-                reason = shard.recipe.decide(info).reason
-                reports.append(TensorReport(name, "native", info.dtype, info.shape, info.nbytes, info.nbytes, reason))
+                reason = shard.request.decide(info).reason
+                reports.append(TensorReport(name, "native", info.dtype, info.view_shape, info.nbytes, info.nbytes, reason))
                 continue
             if shard.entry is not None:
                 record = shard.records[name]
@@ -212,7 +217,7 @@ class Model(Mapping[str, Tensor]):
                 task = shard.pipeline.wait_for(shard.build, name)
                 record, nbytes = task.job.record(), sum(slot.nbytes for slot in task.job.slots)
             source_nbytes = shard.source.tensors[name].nbytes if name in shard.source.tensors else 0
-            shape = tuple(record["shape"])
+            shape = _view_shape(record)
             reports.append(
                 TensorReport(name, record["codec"], record["dtype"], shape, nbytes, source_nbytes, record.get("reason", ""))
             )
@@ -253,7 +258,7 @@ class Model(Mapping[str, Tensor]):
         try:
             self.finish()
             if self._cache is not None and self.keys_in_store:
-                self._cache.record_model(self.path.resolve(), self._options.recipe.label, self.keys_in_store)
+                self._cache.record_model(self.path.resolve(), self._options.request.label, self.keys_in_store)
         finally:
             self._end()
 
@@ -301,7 +306,7 @@ def _close_all() -> None:
 
 @dataclass(frozen=True)
 class _Options:
-    recipe: Recipe
+    request: Request
     mode: str
     verify: str
     threads: int
@@ -312,12 +317,13 @@ def load(
     path: str | os.PathLike[str],
     quant: str | Recipe = "nf4",
     *,
-    lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
+    lora: Sequence[tuple[str | os.PathLike[str], Alpha] | str | os.PathLike[str]] = (),
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     rules: Sequence[tuple[str, str] | tuple[str, str, float]] = (),
     other: str = "f16",
     native: str = "keep",
+    names: str = "auto",
     cache: Cache | str | os.PathLike[str] | None = None,
     mode: str | None = None,
     verify: str | None = None,
@@ -329,11 +335,13 @@ def load(
     Args:
         path: a .safetensors, .st or .gguf file, a sharded folder, a hub snapshot.
         quant: "int8", "nf4", "nf4-dq", "int8-row", "f16", "native", or a Recipe.
-        lora: adapters; not in this version.
+        lora: adapters in order, merged before quantizing: a path, or (path, alpha). Alpha replaces the file's own: a
+            number, or (name pattern, number) pairs. A product is scaled by alpha over its rank.
         include, exclude: name patterns of the default recipe.
         rules: (pattern, codec) or (pattern, codec, factor), before the default ones.
         other: what becomes of weights that are not quantized: "f16" or "keep".
         native: GGUF blocks pass through ("keep") or become the target's ("convert").
+        names: "auto" gives an RWKV GGUF's tensors the names of RWKV's own checkpoints; "file" leaves them.
         cache: a Cache, a folder, or None for the user's own.
         mode: "auto", "off" (never look, never store), "readonly" or "refresh"; the setting if None.
         verify: digests are checked when a tensor is first "touch"ed, all on "open", or never: "off".
@@ -347,20 +355,28 @@ def load(
         SourceError: the checkpoint is missing or cannot be read.
         UsageError: an argument cannot be meant.
     """
-    if lora:
-        raise UsageError("lora= is not in this version yet", hint="merge the adapter into the checkpoint first")
     settings = {
         name: setting.value for name, setting in resolve({"mode": mode, "verify": verify, "threads": threads}).items()
     }
     recipe = Recipe.of(quant, include=include, exclude=exclude, other=other, native=native, rules=rules)
-    options = _Options(recipe, settings["mode"], settings["verify"], settings["threads"], progress)
     seen_ns = time.time_ns()
-    sources = open_checkpoint(path)
-    store, own = _open_cache(cache, options.mode)
+    if isinstance(lora, str | os.PathLike):
+        raise UsageError(f"lora={lora!r}: it is a list of adapters")
+    adapters = [open_adapter(*paired(given)) for given in lora or ()]
+    sources = open_checkpoint(path, names)
+    changes = resolve_changes(adapters, sources)
+    store, own = _open_cache(cache, settings["mode"])
+    entries = [  # a load without a store needs no key
+        key_entry(adapter, _digest(adapter.source, store, settings["threads"], seen_ns), changes)
+        for adapter in adapters
+        if store is not None
+    ]
+    request = Request(recipe, changes, tuple(entries), tuple((str(a.source.path.resolve()), a.alpha) for a in adapters))
+    options = _Options(request, settings["mode"], settings["verify"], settings["threads"], progress)
     shards = []
     try:
         for source in sources:
-            shard = _Shard(source, recipe)
+            shard = _Shard(source, request)
             shards.append(shard)
             _start(shard, store, options, seen_ns)
     except BaseException:
@@ -373,6 +389,17 @@ def load(
         if shard.entry is not None and store is not None:
             store.used(shard.entry, saved_s=float(shard.entry.header.built.get("seconds", 0.0)))
     return model
+
+
+def _digest(source: Source, cache: Cache, threads: int, seen_ns: int) -> str:
+    """Return the digest of a file: as it was recorded, if the file has not changed since."""
+    stamp = Stamp.of(source.file.stat)
+    found = cache.source_digest(stamp)
+    if found is None:
+        found = source_digest(source, threads or default_threads())
+        if not source.file.changed():
+            cache.record_source(stamp, found, source.path.resolve(), seen_ns)
+    return found
 
 
 def _open_cache(cache: Cache | str | os.PathLike[str] | None, mode: str) -> tuple[Cache | None, bool]:
@@ -393,7 +420,7 @@ def _open_cache(cache: Cache | str | os.PathLike[str] | None, mode: str) -> tupl
 
 def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) -> None:
     """Give a shard its entry, or the build that makes it."""
-    source, recipe = shard.source, shard.recipe
+    source, request = shard.source, shard.request
     if all(name in shard.native for name in source.tensors):
         return
     stamp = Stamp.of(source.file.stat)
@@ -408,14 +435,14 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
             return
         if options.mode != "readonly" and not cache.readonly:
             mark = fingerprint(source.file.memory)  # the digest may not be known before the build has taken it
-            name = digest(canonical([mark, recipe.canonical(), recipe.codecs()]).encode()).hex()
+            name = digest(canonical([mark, request.key_document("", source.file.nbytes, source.reading())]).encode()).hex()
             try:
                 release = cache.acquire(name)
                 found = _look(shard, cache, options, stamp, seen_ns, found)
                 if shard.entry is not None:
                     release()
                     return
-                jobs = plan(source, recipe)
+                jobs = plan(source, request)
                 staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
             except CacheError as error:
                 unsaved = error
@@ -429,8 +456,8 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
             if options.mode != "readonly":
                 _unsaved(source, unsaved)
     if jobs is None:
-        jobs = plan(source, recipe)
-    shard.build = Build(source, recipe, jobs, cache if staged else None, staged, found, release, stamp, seen_ns)
+        jobs = plan(source, request)
+    shard.build = Build(source, request, jobs, cache if staged else None, staged, found, release, stamp, seen_ns)
     shard.build.unsaved = unsaved
 
 
@@ -441,12 +468,10 @@ def _look(
     source = shard.source
     found = found or cache.source_digest(stamp)
     if found is None and cache.knows(fingerprint(source.file.memory)):
-        found = source_digest(source, options.threads or default_threads())
-        if not source.file.changed():
-            cache.record_source(stamp, found, source.path.resolve(), seen_ns)
+        found = _digest(source, cache, options.threads, seen_ns)
     if found is None or options.mode == "refresh":
         return found
-    entry = cache.find(key_document(shard.recipe, found, source.file.nbytes))
+    entry = cache.find(shard.request.key_document(found, source.file.nbytes, source.reading()))
     if entry is not None and options.verify == "open":
         with ThreadPoolExecutor(options.threads or default_threads()) as pool:
             wrong = [key for key, fine in zip(entry.header.slots, pool.map(entry.intact, entry.header.slots), strict=True) if not fine]
@@ -470,6 +495,11 @@ def _array(entry: StoredEntry, key: str) -> Array:
     return np.frombuffer(entry.view(key), np.uint8).view(array_dtype(slot.dtype)).reshape(slot.shape)
 
 
+def _view_shape(record: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape of what is handed out."""
+    return TensorInfo("", record["dtype"], tuple(record["shape"]), 0, 0, bool(record.get("transposed"))).view_shape
+
+
 def _tensor(record: Mapping[str, Any], arrays: Mapping[str, Array]) -> Tensor:
     """Return what a caller gets: an array for plain weights, else a QuantTensor."""
     # codes first: JSON does not keep the codec's order
@@ -477,21 +507,19 @@ def _tensor(record: Mapping[str, Any], arrays: Mapping[str, Array]) -> Tensor:
     if record["codec"] in ("keep", "f16"):
         values = parts["values"]
         values.flags.writeable = False
-        return values
+        return values.swapaxes(-1, -2) if record.get("transposed") else values
     return QuantTensor(record["codec"], tuple(record["shape"]), parts, codec(record["codec"]).dequantize)
 
 
 def _native(source: Source, info: TensorInfo) -> Tensor:
     if not info.is_block:
         return source.view(info.name)
+    blocks = source.view(info.name)  # an unknown type raises here, and names itself
+    decode = partial(_decode_blocks, name=info.dtype)
+    return QuantTensor(info.dtype, info.shape, {"blocks": blocks}, decode)
 
-    def decode(parts: Mapping[str, Array], shape: tuple[int, ...], dtype: str, out: Array | None) -> Array:
-        import gguf.quants  # the decoders of the format's own package
 
-        decoded = gguf.quants.dequantize(parts["blocks"], gguf.GGMLQuantizationType[info.dtype]).reshape(shape)
-        if out is None:
-            return decoded.astype(array_dtype(dtype))
-        out[...] = decoded
-        return out
-
-    return QuantTensor(info.dtype, info.shape, {"blocks": source.view(info.name)}, decode)
+def _decode_blocks(
+    parts: Mapping[str, Array], shape: tuple[int, ...], dtype: str, out: Array | None, *, name: str
+) -> Array:
+    return dequantize(parts, name, shape, dtype, out)

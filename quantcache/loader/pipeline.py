@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,14 +26,14 @@ from quantcache.cache.container import Slot
 from quantcache.cache.key import CHUNK, Stamp, combine, digest, fingerprint
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, SourceError, shorten
-from quantcache.loader.plan import Job, key_document
-from quantcache.loader.recipe import Recipe
+from quantcache.loader import weights
+from quantcache.loader.plan import Job, Request
 from quantcache.loader.source import Source
 from quantcache.quant import native
 from quantcache.quant.codec import Scratch, Status
-from quantcache.tensor import ITEMSIZE, TensorInfo, array_dtype
+from quantcache.tensor import ITEMSIZE
 
-__all__ = ["Build", "Cancelled", "Pipeline", "Progress", "default_threads", "source_digest"]
+__all__ = ["Build", "Cancelled", "Pipeline", "Progress", "Target", "default_threads", "encode_tile", "source_digest", "write_whole"]
 
 Array = NDArray[Any]
 #: Memory of a worker is about 12 MB: at most this many stay within the bound of 256 MiB.
@@ -57,9 +57,11 @@ class Progress:
     phase: str
 
 
-class _Target(Protocol):
-    def write(self, key: str, position: int, buffer: Any) -> None: ...
-    def view(self, key: str) -> memoryview: ...
+class Target(Protocol):
+    """Take the bytes of tensors, piece by piece."""
+
+    def write(self, key: str, position: int, buffer: Any) -> None:
+        """Take one piece: contiguous bytes that start at a position in the tensor."""
 
 
 class _Memory:
@@ -104,7 +106,7 @@ def _chunk_digest(source: Source, start: int) -> bytes:
 class _Task:
     """A job under way. All fields but `job` are guarded by the pipeline's lock."""
 
-    def __init__(self, build: Build, job: Job, target: _Target) -> None:
+    def __init__(self, build: Build, job: Job, target: StagedEntry | _Memory) -> None:
         self.build, self.job, self.target = build, job, target
         self.waiting: deque[int] = deque(job.tiles)
         self.active = 0
@@ -118,7 +120,7 @@ class Build:
     """Hold the build of one source file.
 
     Args:
-        source, recipe, jobs: what to do.
+        source, request, jobs: what to do.
         cache, staged: where it goes; None for memory.
         digest: of the source, if it is known already.
         release: gives the lock of the build back.
@@ -126,7 +128,7 @@ class Build:
     """
 
     source: Source
-    recipe: Recipe
+    request: Request
     jobs: list[Job]
     cache: Cache | None
     staged: StagedEntry | None
@@ -292,7 +294,7 @@ class Pipeline:
         job, build = task.job, task.build
         try:
             if task.refused is None:
-                status = _encode(build.source, job, start, scratch, task.target)
+                status = encode_tile(build.source, job, start, scratch, task.target)
                 if status != Status.OK:
                     task.refused = status
         except CacheError as error:
@@ -314,9 +316,8 @@ class Pipeline:
         job, build = task.job, task.build
         refused = task.refused
         try:
-            if refused is None and job.encoder is not None:
-                for name, array in job.encoder.finish().items():
-                    task.target.write(job.parts[name], 0, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            if refused is None:
+                write_whole(job, task.target)
             elif isinstance(refused, Status):
                 task.job = job.after(refused)
                 if task.job.decision.codec == "keep":
@@ -331,7 +332,7 @@ class Pipeline:
         if isinstance(refused, CacheError):
             self._unsaved(build, refused)
             build.memory.add(task.job.slots)
-            task.job, task.target = Job(task.job.info, task.job.decision, job.layer, task.job.variant), build.memory
+            task.job, task.target = replace(task.job), build.memory
         with self._changed:
             if refused is None:
                 task.done = True
@@ -381,8 +382,9 @@ class Pipeline:
 
     def _store(self, build: Build, cache: Cache, staged: StagedEntry) -> None:
         source = build.source
-        if source.file.changed():
-            raise CacheError(f"{source.path} changed while it was read")
+        for read in (source, *build.request.adapter_sources()):
+            if read.file.changed():
+                raise CacheError(f"{read.path} changed while it was read")
         found = build.digest or combine([d for d in build.chunk_digests if d is not None], source.file.nbytes)
         seconds = time.monotonic() - build.started_s
         built = {
@@ -390,12 +392,14 @@ class Pipeline:
             "created": time.time(),
             "seconds": round(seconds, 3),
             "fingerprint": fingerprint(source.file.memory),
-            "recipe": build.recipe.label,
+            "recipe": build.request.label,
             "format": source.format,
             "kernel": native.level(),
             "version": quantcache.__version__,
         }
-        document = key_document(build.recipe, found, source.file.nbytes)
+        if build.request.given:
+            built["adapters"] = [list(pair) for pair in build.request.given]
+        document = build.request.key_document(found, source.file.nbytes, source.reading())
         records = [build.tasks[job.info.name].job.record() for job in build.jobs]
         build.entry = cache.publish(staged, document=document, records=records, built=built)
         cache.record_source(build.stamp, found, source.path.resolve(), build.seen_ns)
@@ -417,18 +421,31 @@ class Pipeline:
                 self._changed.notify_all()
 
 
-def _encode(source: Source, job: Job, start: int, scratch: Scratch, target: _Target) -> Status:
-    """Read, quantize and write one tile."""
+def encode_tile(source: Source, job: Job, start: int, scratch: Scratch, target: Target) -> Status:
+    """Read, quantize and write one tile.
+
+    Args:
+        source: of the tensor.
+        job: what becomes of it.
+        start: first weight of the tile.
+        scratch: the calling thread's buffers.
+        target: takes the bytes.
+
+    Returns:
+        OK, or why the job's codec refuses the values.
+
+    Raises:
+        SourceError: the source cannot be read.
+        CacheError: the target refused.
+    """
     info = job.info
     stop = min(start + job.tile, job.size)
     if stop <= start:  # an empty tensor
         return Status.OK
     if job.encoder is None:
-        first, nbytes = start * ITEMSIZE[info.dtype], (stop - start) * ITEMSIZE[info.dtype]
-        source.file.populate(info.offset + first, nbytes)
-        target.write(info.name, first, source.raw(info)[first : first + nbytes])
+        target.write(info.name, start * ITEMSIZE[info.dtype], source.piece(info, start, stop))
         return Status.OK
-    status, arrays = job.encoder.encode(_weights(source, info, job, start, stop), start, scratch)
+    status, arrays = job.encoder.encode(weights.read(source, job, start, stop, scratch), start, scratch)
     if status == Status.OK:
         for part in job.encoder.parts:
             if part.weights:
@@ -437,29 +454,11 @@ def _encode(source: Source, job: Job, start: int, scratch: Scratch, target: _Tar
     return status
 
 
-def _weights(source: Source, info: TensorInfo, job: Job, start: int, stop: int) -> Array:
-    """Return flat weights as the job's encoder wants them; a view of the mapped file where that is possible."""
-    raw = source.raw(info)
-    if info.is_block:
-        import gguf.quants  # the decoders of the format's own package, one tile at a time
-
-        kind = gguf.GGMLQuantizationType[info.dtype]
-        block, block_nbytes = gguf.GGML_QUANT_SIZES[kind]
-        piece = raw[start // block * block_nbytes : stop // block * block_nbytes]
-        source.file.populate(info.offset + start // block * block_nbytes, piece.size)
-        values: Array = gguf.quants.dequantize(piece.reshape(1, -1), kind).reshape(-1)
-    else:
-        itemsize = ITEMSIZE[info.dtype]
-        piece = raw[start * itemsize : stop * itemsize]
-        source.file.populate(info.offset + start * itemsize, piece.size)
-        values = piece.view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype))
-    if job.element == info.dtype and not job.decision.exponent:
-        return values
-    if info.dtype == "BF16":
-        values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    with np.errstate(over="ignore", under="ignore"):
-        scaled: Array = np.ldexp(values.astype(np.float32), job.decision.exponent)
-    return scaled
+def write_whole(job: Job, target: Target) -> None:
+    """Write the parts that are known only after the last tile."""
+    if job.encoder is not None:
+        for name, array in job.encoder.finish().items():
+            target.write(job.parts[name], 0, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def _warn(text: str) -> None:

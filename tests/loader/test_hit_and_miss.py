@@ -364,12 +364,6 @@ def test_native_touches_no_store(model_path: Path, tmp_path: Path) -> None:
     assert not entries(tmp_path / "c")
 
 
-def test_lora_is_refused(model_path: Path, tmp_path: Path) -> None:
-    """An adapter is refused in words, not ignored."""
-    with pytest.raises(qc.UsageError, match="lora"):
-        qc.load(model_path, lora=[("adapter.safetensors", 1.0)], cache=tmp_path / "c")
-
-
 def test_damage_in_a_read_only_store(model_path: Path, tmp_path: Path) -> None:
     """A damaged entry that cannot be moved away is built again in memory, however often."""
     _, right = load_all(model_path, tmp_path / "c")

@@ -1,0 +1,138 @@
+"""Own how a tile of a tensor becomes numbers: bytes of the source, decoded, changed by adapters, scaled.
+
+Nothing is ever whole: a tile of about a million weights, in a thread's reused buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantcache.loader.changes import DIFFERENCE, PRODUCT, Change
+from quantcache.loader.plan import Job
+from quantcache.loader.source import Source
+from quantcache.quant import merge
+from quantcache.quant.blocks import decode
+from quantcache.quant.codec import Scratch
+from quantcache.tensor import TensorInfo, array_dtype
+
+__all__ = ["read"]
+
+Array = NDArray[Any]
+
+#: Elements of an adapter's matrices that are widened at a time: 4 MB a buffer, whatever the rank and the width.
+_PIECE = 1 << 20
+
+
+def read(source: Source, job: Job, start: int, stop: int, scratch: Scratch) -> Array:
+    """Return flat weights as the job's encoder wants them; a view of the mapped file where that is possible.
+
+    Args:
+        source: of the tensor.
+        job: says what becomes of it.
+        start, stop: first weight and the one behind the last, at whole blocks.
+        scratch: the calling thread's buffers; the result may lie in them.
+
+    Raises:
+        SourceError: the source, or an adapter, cannot be read.
+    """
+    info = job.info
+    if job.as_stored:
+        return source.piece(info, start, stop).view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype))
+    wide = scratch.array("weights", np.float32, stop - start)
+    if info.is_block:
+        decode(info.dtype, source.piece(info, start, stop), wide, "F32")
+    else:
+        _widen(source, info, start, stop, wide)
+    for change in job.changes:
+        _apply(change, info, start, wide, scratch)
+    if job.decision.exponent:
+        with np.errstate(over="ignore", under="ignore"):
+            np.ldexp(wide, job.decision.exponent, out=wide)
+    return wide
+
+
+def _widen(source: Source, info: TensorInfo, start: int, stop: int, out: Array) -> None:
+    piece = source.piece(info, start, stop)
+    merge.widen(piece.view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype)), info.dtype, out)
+
+
+def _apply(change: Change, info: TensorInfo, start: int, wide: Array, scratch: Scratch) -> None:
+    """Change one tile of a weight."""
+    if change.kind == PRODUCT:
+        for rows, columns, weights in _rectangles(info, start, wide):
+            _add_product(change, info, rows, columns, weights, scratch)
+        return
+    other = change.source.tensors[change.tensors[0]]
+    if info.transposed != change.transposed:
+        # a matrix that one file has the other way round: these are small, and are turned whole
+        whole = np.empty(other.size, np.float32)
+        _widen(change.source, other, 0, other.size, whole)
+        turned = whole.reshape(*info.shape[:-2], info.shape[-1], info.shape[-2]).swapaxes(-1, -2).reshape(-1)
+        given = turned[start : start + wide.size]
+    else:
+        given = scratch.array("adapter", np.float32, wide.size)
+        _widen(change.source, other, start, start + wide.size, given)
+    if change.kind == DIFFERENCE:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            wide += np.float32(change.scale) * given
+    else:
+        wide[...] = given
+
+
+def _rectangles(info: TensorInfo, start: int, wide: Array) -> Iterator[tuple[range, range, Array]]:
+    """Cut a flat tile into rectangles of its weight: the rest of a row, whole rows, the beginning of one."""
+    width = info.size // info.shape[0]
+    position, end = start, start + wide.size
+    while position < end:
+        row, column = divmod(position, width)
+        if column or end - position < width:
+            stop = min(end, (row + 1) * width)
+            rows, columns = range(row, row + 1), range(column, column + stop - position)
+        else:
+            rows, columns = range(row, end // width), range(width)
+            stop = rows.stop * width
+        yield rows, columns, wide[position - start : stop - start].reshape(len(rows), len(columns))
+        position = stop
+
+
+def _add_product(
+    change: Change, info: TensorInfo, rows: range, columns: range, weights: Array, scratch: Scratch
+) -> None:
+    """Add a part of a product to a rectangle of its weight, in pieces of bounded size."""
+    (down, down_dtype), (up, up_dtype) = (_matrix(change.source, name) for name in change.tensors)
+    if change.turned:
+        down = down.T
+    # W + B @ A; where the weight stands the other way round, W + A' @ B'
+    if change.transposed == info.transposed:
+        left, left_dtype, right, right_dtype = up, up_dtype, down, down_dtype
+    else:
+        left, left_dtype, right, right_dtype = down.T, down_dtype, up.T, up_dtype
+    rank = left.shape[1]
+    high = max(1, _PIECE // rank)
+    broad = max(1, _PIECE // rank)
+    for first in range(0, len(columns), broad):
+        strip = columns[first : first + broad]
+        packed_right = _packed(right[:, strip.start : strip.stop], right_dtype, "right", scratch)
+        for top in range(0, len(rows), high):
+            band = rows[top : top + high]
+            packed_left = _packed(left[band.start : band.stop], left_dtype, "left", scratch)
+            part = weights[top : top + len(band), first : first + len(strip)]
+            merge.add_product(part, packed_left, packed_right, change.scale)
+
+
+def _matrix(source: Source, name: str) -> tuple[Array, str]:
+    """Return one of an adapter's tensors as a matrix [first axis, rest], bfloat16 as uint16, and its type."""
+    info = source.tensors[name]
+    flat = source.piece(info, 0, info.size).view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype))
+    return flat.reshape(info.shape[0], -1), info.dtype
+
+
+def _packed(values: Array, dtype: str, slot: str, scratch: Scratch) -> Array:
+    """Return a matrix as contiguous float32."""
+    out = scratch.array(slot, np.float32, values.size)
+    merge.widen(np.ascontiguousarray(values).reshape(-1), dtype, out)
+    return out.reshape(values.shape)
