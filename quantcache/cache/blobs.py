@@ -28,7 +28,7 @@ from quantcache.cache.container import (
     reserve_header,
     slot_digest,
 )
-from quantcache.cache.filesystem import allocate, sync_folder
+from quantcache.cache.filesystem import PRIVATE, Access, allocate, make_folders, sync_folder
 from quantcache.cache.key import combine, digest
 from quantcache.errors import CacheError, CorruptEntryError, StoreReadOnlyError
 
@@ -37,7 +37,7 @@ try:
 except ImportError:  # Windows: stale files are told by their age alone
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["StagedEntry", "StoredEntry", "quarantine", "remove_stale", "store_error"]
+__all__ = ["StagedEntry", "StoredEntry", "quarantine", "remove_stale", "remove_stale_locks", "store_error"]
 
 _STALE_S = 24 * 3600.0
 #: A map starts at a multiple of this: 4 KiB on most machines, 16 or 64 KiB on some arm64 ones.
@@ -61,12 +61,14 @@ class StagedEntry:
         folder: the store's `tmp/`.
         slots: the tensors as planned.
         records: as planned; see reserve_header.
+        access: of the file, and of the folder that it is moved to.
 
     Raises:
         CacheError: the file cannot be created, or the space is not there.
     """
 
-    def __init__(self, folder: Path, slots: Iterable[Slot], records: Any) -> None:
+    def __init__(self, folder: Path, slots: Iterable[Slot], records: Any, access: Access = PRIVATE) -> None:
+        self._access = access
         self.slots = {slot.key: slot for slot in slots}
         self._lock = threading.Lock()
         self._digests: dict[str, list[bytes | None]] = {key: [None] * slot.chunks for key, slot in self.slots.items()}
@@ -78,7 +80,7 @@ class StagedEntry:
         self._path = folder / f"{os.getpid()}-{secrets.token_hex(8)}.tmp"
         self._maps: dict[str, memoryview] = {}
         try:
-            self._descriptor = _create(self._path)
+            self._descriptor = _create(self._path, access)
         except OSError as error:
             raise store_error(f"cannot create a file in {folder}", error) from error
         try:
@@ -178,9 +180,7 @@ class StagedEntry:
             _write_all(self._descriptor, memoryview(header), 0)
             os.fsync(self._descriptor)
             nbytes = os.fstat(self._descriptor).st_size
-            if not target.parent.is_dir():
-                target.parent.mkdir(mode=0o700, exist_ok=True)
-                sync_folder(target.parent.parent)
+            make_folders(target.parent.parent, [target.parent.name], self._access)
             os.rename(self._path, target)
             try:
                 sync_folder(target.parent)
@@ -196,7 +196,7 @@ class StagedEntry:
         """Copy the tensors to where they belong, into a second file that takes this one's place."""
         offsets, data_nbytes = arrange(self.slots.values())
         path = self._path.with_name(f"{os.getpid()}-{secrets.token_hex(8)}.tmp")
-        descriptor = _create(path)
+        descriptor = _create(path, self._access)
         try:
             allocate(descriptor, len(header) + data_nbytes)
             for key, slot in self.slots.items():
@@ -232,8 +232,10 @@ class StagedEntry:
             self._descriptor = -1
 
 
-def _create(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+def _create(path: Path, access: Access) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), access.file_mode)
+    if access.shared:  # whatever the umask
+        os.fchmod(descriptor, access.file_mode)
     if fcntl:
         with contextlib.suppress(OSError):  # where locks do not work, age decides
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -268,6 +270,7 @@ class StoredEntry:
     Args:
         key: the key.
         path: the entry file.
+        shared: it may belong to another user.
 
     Raises:
         FileNotFoundError: there is none.
@@ -276,7 +279,7 @@ class StoredEntry:
         CacheError: it cannot be read.
     """
 
-    def __init__(self, key: str, path: Path) -> None:
+    def __init__(self, key: str, path: Path, *, shared: bool = False) -> None:
         self.key, self.path = key, path
         try:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0))
@@ -289,7 +292,7 @@ class StoredEntry:
         try:
             found = os.fstat(descriptor)
             self._file = found.st_dev, found.st_ino
-            if hasattr(os, "getuid") and found.st_uid not in (os.getuid(), os.stat(path.parent).st_uid, 0):
+            if not shared and hasattr(os, "getuid") and found.st_uid not in (os.getuid(), 0):
                 raise CacheError(f"entry {key} belongs to user {found.st_uid}", hint="remove it, or use --shared")
             head = os.pread(descriptor, 8, 0)
             length = int.from_bytes(head, "little")
@@ -363,6 +366,19 @@ def remove_stale(folder: Path, *, dry_run: bool = False) -> list[tuple[Path, int
         finally:
             os.close(descriptor)
     return removed
+
+
+def remove_stale_locks(folder: Path) -> None:
+    """Remove lock files that nobody has held for a day; a waiter that had one open at that moment builds, too."""
+    for path in sorted(folder.glob("*.lock")) if folder.is_dir() and fcntl else []:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                if time.time() - os.fstat(descriptor).st_mtime > _STALE_S:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _abandoned(descriptor: int, path: Path, mtime_s: float) -> bool:

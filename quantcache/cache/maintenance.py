@@ -3,94 +3,198 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantcache.cache import policy as policies
-from quantcache.cache.blobs import remove_stale
+from quantcache.cache.blobs import quarantine, remove_stale, remove_stale_locks
+from quantcache.cache.filesystem import freed_nbytes, sync_folder
 from quantcache.cache.index import EntryRow
-from quantcache.cache.settings import parse_share
+from quantcache.cache.key import key_of
+from quantcache.cache.settings import parse_share, parse_size
 from quantcache.cache.store import Cache
-from quantcache.errors import CacheError, CorruptEntryError, KeyNotFoundError, StoreReadOnlyError
+from quantcache.cache.tolerant import KEY, loose_files
+from quantcache.errors import CacheError, CorruptEntryError, KeyNotFoundError, StoreReadOnlyError, UsageError
 
-__all__ = ["Finding", "Pruned", "clear", "prune", "repair", "verify"]
+__all__ = ["Finding", "Pruned", "Verified", "clear", "prune", "remove", "repair", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Say what is wrong with an entry."""
+    """Say what is wrong.
 
-    key: str
+    Args:
+        subject: an entry's key, or what else it is about.
+        problem: in words.
+        damaged: an entry's bytes are not those that were stored; else they could not be read, or it is no entry.
+    """
+
+    subject: str
     problem: str
+    damaged: bool = True
+
+
+@dataclass(slots=True)
+class Verified:
+    """Say what was looked at, and what is wrong.
+
+    Args:
+        checked: keys of the entries that were looked at.
+        left: how many were not, for lack of time or because only a part was wanted.
+        findings: what is wrong.
+    """
+
+    checked: list[str] = field(default_factory=list)
+    left: int = 0
+    findings: list[Finding] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Pruned:
-    """Say what was removed, or would be: keys and temp files with their bytes."""
+    """Say what was removed, or would be.
+
+    Args:
+        entries: rows of them.
+        files: others, with their bytes.
+        freed: bytes of the disk that come free: holes, and what has another name or is shared, do not.
+        failed: why others could not be removed.
+    """
 
     entries: list[EntryRow] = field(default_factory=list)
     files: list[tuple[Path, int]] = field(default_factory=list)
+    freed: int = 0
+    failed: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """Sizes of the files in all: what limits count."""
         return sum(row.nbytes for row in self.entries) + sum(nbytes for _, nbytes in self.files)
 
 
-def verify(cache: Cache, keys: Iterable[str] | None = None, *, quick: bool = False, threads: int = 2) -> tuple[int, list[Finding]]:
-    """Check entries: header, length, key and, unless quick, every digest.
+# ---- verify ----
+
+
+def verify(
+    cache: Cache,
+    keys: Iterable[str] | None = None,
+    *,
+    quick: bool = False,
+    subset: str | None = None,
+    max_duration_s: float | None = None,
+    threads: int = 2,
+) -> Verified:
+    """Check entries, those first whose last check is the oldest: header, length, key and, unless quick, every digest.
+
+    What was found right is recorded with the date, at the latest every few seconds: a check that is stopped is resumed
+    by the next. A record says when, never that the entry is right now.
 
     Args:
         cache: the store.
-        keys: which; all files if None, rows or not.
-        quick: leave the digests out.
+        keys: which; all files if None, rows or not, and the index and the pins, too.
+        quick: leave the digests out; recorded as nothing.
+        subset: "10%" or "50GB" of the store's bytes, the longest unchecked first, or "2/7", the second of seven parts.
+        max_duration_s: begin no further entry after so long.
         threads: how many digests at once.
 
-    Returns:
-        The number of entries looked at, and what is wrong.
+    Raises:
+        UsageError: the subset cannot be meant.
     """
-    wanted = [path.stem for path in cache.entry_files()] if keys is None else list(keys)
-    findings = []
-    for key in wanted:
-        problem = _problem(cache, key, quick=quick, threads=threads)
-        if problem:
-            findings.append(Finding(key, problem))
-        elif not quick:
-            cache.checked(key)
+    start = time.monotonic()
+    rows = {row.key: row for row in cache.rows()}  # as they are: a row without a file is a finding
+    files = {path.stem for path in cache.entry_files()}
+    wanted = sorted(files if keys is None else set(keys), key=lambda key: (rows[key].checked_s if key in rows else 0.0, key))
+    chosen = wanted if subset is None else _subset(subset, wanted, rows)
+    done = Verified(left=len(wanted) - len(chosen))
+    right: list[str] = []
+    recorded_s = start
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        try:
+            for position, key in enumerate(chosen):
+                now = time.monotonic()
+                if max_duration_s is not None and now - start >= max_duration_s:
+                    done.left += len(chosen) - position
+                    break
+                finding = _look(cache, key, pool, quick=quick)
+                done.checked.append(key)
+                if finding:
+                    done.findings.append(finding)
+                elif not quick:
+                    right.append(key)
+                if now - recorded_s > 5:
+                    cache.checked(right)
+                    right, recorded_s = [], now
+        finally:  # Ctrl-C, too
+            cache.checked(right)
     if keys is None:
-        present = set(wanted)
-        nothing: list[EntryRow] = []
-        rows = cache.index.call(lambda index: index.entries(), nothing)
-        findings += [Finding(row.key, "in the index, but there is no file") for row in rows if row.key not in present]
-        findings += [Finding(key, "pinned, but there is no file") for key in sorted(cache.pinned() - present)]
-    return len(wanted), findings
+        done.findings += _around(cache, rows, files)
+    return done
 
 
-def _problem(cache: Cache, key: str, *, quick: bool, threads: int) -> str | None:
-    from quantcache.cache.key import key_of
+def _subset(text: str, wanted: Sequence[str], rows: dict[str, EntryRow]) -> list[str]:
+    """Return a part of the keys: nth of t by key, or up to a share or a number of bytes, at least one entry."""
+    part = re.fullmatch(r"(\d+)/(\d+)", text)
+    if part:
+        number, count = int(part[1]), int(part[2])
+        if not 1 <= number <= count:
+            raise UsageError(f"--subset {text}: there is no such part", hint="as 1/7 to 7/7")
+        return [key for key in wanted if int(key, 16) % count == number - 1]
+    sizes = {key: rows[key].nbytes if key in rows else 0 for key in wanted}
+    share = parse_share(text)
+    budget = sum(sizes.values()) * float(share[:-1]) / 100 if share.endswith("%") else parse_size(share)
+    chosen = []
+    for key in wanted:
+        if budget <= 0:
+            break
+        chosen.append(key)
+        budget -= sizes[key]
+    return chosen
 
+
+def _look(cache: Cache, key: str, pool: ThreadPoolExecutor, *, quick: bool) -> Finding | None:
     try:
         entry = cache.open(key)
-    except (CorruptEntryError, KeyNotFoundError) as error:
-        return error.message
+    except CorruptEntryError as error:
+        return Finding(key, error.message)
+    except KeyNotFoundError as error:
+        return Finding(key, error.message, damaged=False)
     except CacheError as error:
-        return f"cannot be read: {error.message}"
+        return Finding(key, f"cannot be read: {error.message}", damaged=False)
     if key_of(entry.header.document) != key:
-        return "its key document has another key"
-    if quick:
-        return None
-    with ThreadPoolExecutor(max(1, threads)) as pool:
+        return Finding(key, "its key document has another key")
+    if not quick:
         for name, intact in zip(entry.header.slots, pool.map(entry.intact, entry.header.slots), strict=True):
             if not intact:
-                return f"tensor {name!r} is not what was stored"
+                return Finding(key, f"tensor {name!r} is not what was stored")
     return None
 
 
-def repair(cache: Cache, *, dry_run: bool = False, threads: int = 2) -> tuple[list[Finding], Pruned, int]:
-    """Quarantine what is damaged, remove dead writers' temp files, rebuild the index.
+def _around(cache: Cache, rows: dict[str, EntryRow], files: set[str]) -> list[Finding]:
+    """Return what is wrong with the index, the pins, and what lies among the entries."""
+    found = []
+    problem = cache.index.check()
+    if problem:
+        found.append(Finding("index", f"{problem}; it is rebuilt when it is needed", damaged=False))
+    found += [Finding(key, "in the index, but there is no file", damaged=False) for key in sorted(rows.keys() - files)]
+    found += [Finding(key, "pinned, but there is no file", damaged=False) for key in sorted(cache.pinned() - files)]
+    with contextlib.suppress(OSError):
+        names = sorted(path.name for path in (cache.folder / "pins").iterdir())
+        found += [Finding(f"pins/{name}", "is no key", damaged=False) for name in names if not KEY.fullmatch(name)]
+    entries = cache.folder / "entries"
+    found += [Finding(f"entries/{path.relative_to(entries)}", "is called like no entry", damaged=False) for path in loose_files(cache.folder)]
+    return found
+
+
+# ---- repair ----
+
+
+def repair(cache: Cache, *, dry_run: bool = False, threads: int = 2) -> tuple[Verified, Pruned, int]:
+    """Quarantine what is damaged or no entry, remove dead writers' temp files and locks, rebuild the index.
+
+    What only could not be read (a disk that failed once, no permission) stays where it is.
 
     Returns:
         What was wrong, what was removed, and the number of entries that are left.
@@ -100,17 +204,27 @@ def repair(cache: Cache, *, dry_run: bool = False, threads: int = 2) -> tuple[li
     """
     if cache.readonly and not dry_run:
         raise StoreReadOnlyError(f"the store {cache.root} is read-only")
-    _, findings = verify(cache, threads=threads)
+    done = verify(cache, threads=threads)
     removed = Pruned(files=remove_stale(cache.folder / "tmp", dry_run=dry_run))
     if dry_run:
-        return findings, removed, len(cache.entries())
-    for finding in findings:
-        if cache.path_of(finding.key).exists():
-            cache.damaged(finding.key, finding.problem)
-        elif finding.key in cache.pinned():
+        return done, removed, len(cache)
+    for finding in done.findings:
+        if finding.damaged and cache.path_of(finding.subject).exists():
+            cache.damaged(finding.subject, finding.problem)
+    for path in loose_files(cache.folder):
+        quarantine(path, cache.folder / "quarantine")
+    present = {path.stem for path in cache.entry_files()}
+    pins = cache.folder / "pins"
+    for path in sorted(pins.glob("*")):
+        if path.name not in present:
             with contextlib.suppress(OSError):
-                (cache.folder / "pins" / finding.key).unlink()
-    return findings, removed, cache.rebuild_index()
+                path.unlink()
+    sync_folder(pins)
+    remove_stale_locks(cache.folder / "locks")
+    return done, removed, cache.rebuild_index()
+
+
+# ---- prune ----
 
 
 def prune(
@@ -127,11 +241,11 @@ def prune(
 
     Args:
         cache: the store.
-        max_size: the store shall take at most so many bytes; the cache's own limit if nothing else is given.
+        max_size: the store shall take at most so many bytes; the cache's own limits if nothing else is given.
         max_age_s: remove what was not used for so long.
         keep_free: share or bytes of the disk that shall be free.
         stale_source: remove entries whose source file is gone.
-        orphans: remove the quarantine's files.
+        orphans: remove the quarantine's files, and what lies among the entries and is none.
         dry_run: only say what would go.
 
     Raises:
@@ -140,35 +254,77 @@ def prune(
     if cache.readonly and not dry_run:
         raise StoreReadOnlyError(f"the store {cache.root} is read-only")
     pinned, found = cache.pinned(), Pruned(files=remove_stale(cache.folder / "tmp", dry_run=dry_run))
+    if not dry_run:
+        remove_stale_locks(cache.folder / "locks")
     if orphans:
-        for path in sorted((cache.folder / "quarantine").glob("*")):
+        for path in [*sorted((cache.folder / "quarantine").glob("*")), *loose_files(cache.folder)]:
             with contextlib.suppress(OSError):
-                found.files.append((path, path.stat().st_size))
+                nbytes, freed = path.stat(follow_symlinks=False).st_size, freed_nbytes([path])
                 if not dry_run:
                     path.unlink()
-    rows = {row.key: row for row in cache.entries()}
+                found.files.append((path, nbytes))
+                found.freed += freed
+    rows = cache.entries()
     chosen: dict[str, EntryRow] = {}
-    for row in rows.values():
-        old = max_age_s is not None and time.time() - row.used_s > max_age_s
-        gone = stale_source and bool(row.source_path) and not Path(row.source_path).exists()
-        if (old or gone) and row.key not in pinned:
-            chosen[row.key] = row
+    if max_age_s is not None or stale_source:
+        for row in rows:
+            old = max_age_s is not None and time.time() - row.used_s > max_age_s
+            gone = stale_source and bool(row.source_path) and not Path(row.source_path).exists()
+            if (old or gone) and row.key not in pinned:
+                chosen[row.key] = row
     if max_size is None and max_age_s is None and keep_free is None and not stale_source and not orphans:
-        max_size = cache.max_size
+        max_size, keep_free = cache.max_size, cache.keep_free
     if max_size is not None or keep_free is not None:
         over = cache.over_limits(
             0, max_size=1 << 62 if max_size is None else max_size, keep_free="0" if keep_free is None else parse_share(keep_free)
         )
+        if dry_run:
+            over -= sum(nbytes for _, nbytes in found.files)
         short = over - sum(row.nbytes for row in chosen.values())
-        left = [row for row in rows.values() if row.key not in chosen]
+        left = [row for row in rows if row.key not in chosen]
         for row in policies.choose(left, short, cache.policy, pinned):
             chosen[row.key] = row
-    found.entries = list(chosen.values())
+    return _remove(cache, found, list(chosen.values()), dry_run=dry_run)
+
+
+def remove(cache: Cache, rows: Sequence[EntryRow], *, dry_run: bool = False) -> Pruned:
+    """Remove entries that somebody named, pinned ones too.
+
+    Raises:
+        StoreReadOnlyError, CacheError: none of them could be removed.
+    """
+    found = _remove(cache, Pruned(), list(rows), dry_run=dry_run)
     if not dry_run:
         for row in found.entries:
+            cache.drop_pin(row.key)
+    return found
+
+
+def _remove(cache: Cache, found: Pruned, rows: list[EntryRow], *, dry_run: bool) -> Pruned:
+    """Remove entries, or say what that would free; what cannot be removed does not end it."""
+    paths = [cache.path_of(row.key) for row in rows]
+    if dry_run:
+        found.entries = rows
+        found.freed += freed_nbytes(paths)
+        return found
+    failed: list[CacheError] = []
+    gone = []
+    freed = freed_nbytes(paths)
+    for row, path in zip(rows, paths, strict=True):
+        try:
             cache.remove(row.key)
-        cache.tally(evicted=len(found.entries), bytes_evicted=sum(row.nbytes for row in found.entries))
-        cache.flush()
+        except CacheError as error:
+            failed.append(error)
+            freed -= freed_nbytes([path])
+        else:
+            gone.append(row)
+    found.entries = gone
+    found.freed += max(0, freed)
+    cache.tally(evicted=len(gone), bytes_evicted=sum(row.nbytes for row in gone))
+    cache.flush()
+    if failed and not gone:
+        raise failed[0]
+    found.failed = [error.message for error in failed]
     return found
 
 
@@ -180,13 +336,17 @@ def clear(cache: Cache, *, pinned_too: bool = False, dry_run: bool = False) -> P
     """
     found = prune(cache, max_size=1 << 62, orphans=True, dry_run=dry_run)
     keep = set() if pinned_too else cache.pinned()
-    found.entries = [row for row in cache.entries() if row.key not in keep]
-    known = {row.key for row in found.entries} | keep
-    found.files += [(path, path.stat().st_size) for path in cache.entry_files() if path.stem not in known]
-    if not dry_run:
-        for key in [path.stem for path in cache.entry_files() if path.stem not in keep]:
-            cache.remove(key)
-        for row in found.entries:
+    rows = [row for row in cache.entries() if row.key not in keep]
+    known = {row.key for row in rows} | keep
+    for path in cache.entry_files():  # what has no row is no entry: its header cannot be read
+        if path.stem not in known:
             with contextlib.suppress(OSError):
-                (cache.folder / "pins" / row.key).unlink(missing_ok=True)
+                found.files.append((path, path.stat().st_size))
+                found.freed += freed_nbytes([path])
+                if not dry_run:
+                    path.unlink()
+    found = _remove(cache, found, rows, dry_run=dry_run)
+    if not dry_run and pinned_too:
+        for row in found.entries:
+            cache.drop_pin(row.key)
     return found

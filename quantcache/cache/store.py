@@ -28,7 +28,7 @@ from typing import Any
 from quantcache.cache import policy as policies
 from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale, store_error
 from quantcache.cache.container import Slot
-from quantcache.cache.filesystem import make_private, tree_nbytes
+from quantcache.cache.filesystem import PRIVATE, make_folders, prepare_root, sync_folder, tree_nbytes
 from quantcache.cache.index import EntryRow
 from quantcache.cache.key import CONTAINER_VERSION, Stamp, canonical, key_of
 from quantcache.cache.settings import parse_share, parse_size, resolve
@@ -48,6 +48,7 @@ from quantcache.errors import (
 __all__ = ["Cache"]
 
 _USE_INTERVAL_S = 60.0
+_FOLDERS = ("", "entries", "pins", "tmp", "quarantine", "locks")
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Written by quantcache: backups may leave this folder out.\n"
 
 
@@ -104,21 +105,22 @@ class Cache:
                 raise StoreTooNewError(f"the store {self.root} has only {newer[0]}, this program reads v{CONTAINER_VERSION}")
             if readonly or not create:
                 raise NoCacheError(f"there is no store in {self.root}", hint="quantcache warm PATH makes one")
-        if not readonly:
-            try:
-                make_private(self.root, shared=shared)
-                for name in ("", "entries", "pins", "tmp", "quarantine", "locks"):
-                    (self.folder / name).mkdir(mode=0o700, exist_ok=True)
+        #: modes of what the store makes; a store that was made shared says so itself
+        self.access = PRIVATE
+        try:
+            self.access = prepare_root(self.root, self.folder, shared=shared and not readonly)
+            if not readonly:
+                make_folders(self.folder, _FOLDERS, self.access)
                 tag = self.root / "CACHEDIR.TAG"
-                if not tag.exists():
+                if not tag.is_file() or tag.stat().st_size != len(_TAG):
                     tag.write_text(_TAG)
-            except OSError as error:
-                if not os.path.isdir(self.folder):
-                    raise store_error(f"cannot make a store in {self.root}", error) from error
-                self.readonly = True
-            if not os.access(self.folder / "entries", os.W_OK):
-                self.readonly = True
-        self.index = TolerantIndex(self.folder, readonly=self.readonly)
+        except OSError as error:
+            if not os.path.isdir(self.folder):
+                raise store_error(f"cannot make a store in {self.root}", error) from error
+            self.readonly = True
+        if not os.access(self.folder / "entries", os.W_OK):
+            self.readonly = True
+        self.index = TolerantIndex(self.folder, readonly=self.readonly, access=self.access)
 
     # ---- where things are ----
 
@@ -146,7 +148,7 @@ class Cache:
         key = key_of(document)
         path = self.path_of(key)
         try:
-            entry = StoredEntry(key, path)
+            entry = StoredEntry(key, path, shared=self.access.shared)
             if canonical(entry.header.document) != canonical(document):
                 raise CorruptEntryError(f"entry {key} was built for another key document")
         except FileNotFoundError:
@@ -174,9 +176,7 @@ class Cache:
             self._pending[entry.key] = self._pending.get(entry.key, 0) + 1
             self.tally(hits=1, bytes_served=entry.header.nbytes, seconds_saved=max(0.0, saved_s))
             row = self.index.call(lambda index: index.entry(entry.key), None)
-            if row is None and not self.readonly:
-                self.index.call(lambda index: index.put([row_of(entry, time.time())]), None)
-            if row is None or time.time() - row.used_s >= _USE_INTERVAL_S:
+            if row is not None and time.time() - row.used_s >= _USE_INTERVAL_S:
                 self.flush()
 
     def tally(self, **amounts: float) -> None:
@@ -185,16 +185,12 @@ class Cache:
             self._counts[name] = self._counts.get(name, 0.0) + amount
 
     def flush(self) -> None:
-        """Write what was noted; silently nothing in a read-only store."""
+        """Write what was noted, unless another process is writing: then it is noted still. Nothing in a read-only store."""
         with self._lock:
             uses, counts = self._pending, self._counts
-            self._pending, self._counts = {}, {}
-            if self.readonly:
+            if (uses or counts) and not self.readonly and not self.index.call(lambda index: index.note(uses, counts, time.time()), True):
                 return
-            if uses:
-                self.index.call(lambda index: index.used(uses, time.time()), None)
-            if counts:
-                self.index.call(lambda index: index.count(counts), None)
+            self._pending, self._counts = {}, {}
 
     # ---- sources ----
 
@@ -209,7 +205,8 @@ class Cache:
 
     def knows(self, fingerprint: str) -> bool:
         """Return whether a source with this fingerprint may have an entry."""
-        return self.index.call(lambda index: index.has_fingerprint(fingerprint), True)
+        known = self.index.call(lambda index: index.has_fingerprint(fingerprint), True)
+        return known or self.index.in_step(lambda index: index.has_fingerprint(fingerprint), True)
 
     def record_model(self, path: Path, recipe: str, keys: list[str]) -> None:
         """Remember which entries make up a checkpoint."""
@@ -243,7 +240,8 @@ class Cache:
 
         if not KEY.fullmatch(name):
             raise UsageError(f"{name!r} is not the name of a lock")
-        lock = filelock.FileLock(str(self.folder / "locks" / f"{name}.lock"), thread_local=False)
+        path = str(self.folder / "locks" / f"{name}.lock")
+        lock = filelock.FileLock(path, thread_local=False, mode=self.access.file_mode)
         try:
             lock.acquire(timeout=-1 if self.lock_timeout_s is None else self.lock_timeout_s)
         except filelock.Timeout as error:
@@ -265,7 +263,7 @@ class Cache:
         slots = list(slots)
         remove_stale(self.folder / "tmp")
         self.make_room(sum(slot.nbytes for slot in slots))
-        return StagedEntry(self.folder / "tmp", slots, records)
+        return StagedEntry(self.folder / "tmp", slots, records, self.access)
 
     def make_room(self, nbytes: int) -> None:
         """Evict until so many bytes fit the limits.
@@ -309,7 +307,7 @@ class Cache:
     def usage(self) -> dict[str, int]:
         """Return the store's bytes: entries, temp files, quarantine, total."""
         found = {
-            "entries": sum(row.nbytes for row in self.entries()),
+            "entries": self.index.in_step(lambda index: index.count_and_nbytes(), (0, 0))[1],
             "tmp": tree_nbytes(self.folder / "tmp"),
             "quarantine": tree_nbytes(self.folder / "quarantine"),
         }
@@ -327,7 +325,7 @@ class Cache:
         path = self.path_of(key)
         staged.publish(path, document=document, records=records, built=built)
         try:
-            entry = StoredEntry(key, path)
+            entry = StoredEntry(key, path, shared=self.access.shared)
         except OSError as error:
             raise store_error(f"entry {key} was removed as soon as it was published", error) from error
         self.index.call(lambda index: index.put([row_of(entry, time.time())]), None)
@@ -369,17 +367,32 @@ class Cache:
 
     # ---- looking after it ----
 
-    def _rows(self) -> list[EntryRow]:
-        nothing: list[EntryRow] = []
-        return self.index.call(lambda index: index.entries(), nothing)
-
     def _counters(self) -> dict[str, float]:
         nothing: dict[str, float] = {}
         return self.index.call(lambda index: index.counters(), nothing)
 
-    def entries(self) -> list[EntryRow]:
-        """Return the rows of all entries whose file is there, most recently used first."""
-        return [row for row in self._rows() if self.path_of(row.key).exists()]
+    def entries(self, sort: str = "used", limit: int | None = None) -> list[EntryRow]:
+        """Return the rows of entries, the most recently used first.
+
+        Args:
+            sort: "used", "created", "size", "hits", "name" or "key".
+            limit: how many; all if None.
+        """
+        nothing: list[EntryRow] = []
+        return self.index.in_step(lambda index: index.entries(sort, limit), nothing)
+
+    def rows(self) -> list[EntryRow]:
+        """Return the rows of the index as they are, in step with the files or not."""
+        nothing: list[EntryRow] = []
+        return self.index.call(lambda index: index.entries(), nothing)
+
+    def __len__(self) -> int:
+        """Return the number of entries."""
+        return self.index.in_step(lambda index: index.count_and_nbytes(), (0, 0))[0]
+
+    def __bool__(self) -> bool:
+        """A cache without entries is a cache."""
+        return True
 
     def lookup(self, key: str) -> EntryRow:
         """Return the one entry whose key starts so.
@@ -387,7 +400,10 @@ class Cache:
         Raises:
             KeyNotFoundError: there is none, or more than one.
         """
-        found = [row for row in self.entries() if row.key.startswith(key.lower())] if key else []
+        nothing: list[EntryRow] = []
+        prefix = key.lower()
+        asked = bool(prefix) and all(digit in "0123456789abcdef" for digit in prefix)
+        found = self.index.in_step(lambda index: index.entries_from(prefix), nothing) if asked else nothing
         if len(found) == 1:
             return found[0]
         if found:
@@ -408,7 +424,7 @@ class Cache:
             KeyNotFoundError, CorruptEntryError, CacheError: as they say.
         """
         try:
-            return StoredEntry(key, self.path_of(key))
+            return StoredEntry(key, self.path_of(key), shared=self.access.shared)
         except FileNotFoundError as error:
             raise KeyNotFoundError(f"no entry has the key {key}") from error
 
@@ -443,7 +459,9 @@ class Cache:
         """Keep an entry from being evicted or pruned."""
         self._writable()
         try:
-            (self.folder / "pins" / self.lookup(key).key).touch(mode=0o600)
+            path = self.folder / "pins" / self.lookup(key).key
+            path.touch(mode=self.access.file_mode)
+            sync_folder(path.parent)
         except OSError as error:
             raise store_error(f"cannot pin {key}", error) from error
 
@@ -452,17 +470,24 @@ class Cache:
         self._writable()
         try:
             (self.folder / "pins" / self.lookup(key).key).unlink(missing_ok=True)
+            sync_folder(self.folder / "pins")
         except OSError as error:
             raise store_error(f"cannot unpin {key}", error) from error
+
+    def drop_pin(self, key: str) -> None:
+        """Forget the pin of an entry that is gone."""
+        with contextlib.suppress(OSError):
+            (self.folder / "pins" / key).unlink(missing_ok=True)
 
     def pinned(self) -> set[str]:
         """Return the keys of pinned entries."""
         return {path.name for path in (self.folder / "pins").glob("*") if KEY.fullmatch(path.name)}
 
-    def checked(self, key: str) -> None:
-        """Record that all digests of an entry were checked and right."""
-        if not self.readonly:
-            self.index.call(lambda index: index.checked(key, time.time()), None)
+    def checked(self, keys: Iterable[str]) -> None:
+        """Record that all digests of entries were checked and right."""
+        keys = list(keys)
+        if keys and not self.readonly:
+            self.index.call(lambda index: index.checked(keys, time.time()), None)
 
     def rebuild_index(self) -> int:
         """Make the index anew from the entries, keeping counters and use times where they can be read.

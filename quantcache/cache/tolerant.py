@@ -1,28 +1,56 @@
-"""Own the index's life: opened late, replaced when damaged, done without when it cannot be used. Never raises.
+"""Own the index's life: opened late, kept in step with the files, replaced when damaged, done without when it cannot be used.
 
-Entries are the truth: whatever is wrong with the index, it is made anew from their headers. Knows no SQL.
+Entries are the truth: whatever is wrong with the index, it is made anew from their headers. Never raises. Knows no SQL.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sqlite3
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from quantcache.cache.blobs import StoredEntry, quarantine
+from quantcache.cache.filesystem import PRIVATE, Access, locks_work
 from quantcache.cache.index import EntryRow, Index, is_damage
+from quantcache.cache.key import RACY_NS
 from quantcache.errors import CacheError, QuantcacheWarning, StoreTooNewError
 
-__all__ = ["KEY", "TolerantIndex", "entry_files", "row_of"]
+__all__ = ["KEY", "TolerantIndex", "entry_files", "loose_files", "row_of"]
 
 _T = TypeVar("_T")
 #: A key, and nothing else, becomes part of a path.
 KEY = re.compile(r"[0-9a-f]{32}")
+_SHARD = re.compile(r"[0-9a-f]{2}")
+_SUFFIX = ".safetensors"
+
+
+def _shard_folders(folder: Path) -> list[Path]:
+    """Return the folders that hold entries, sorted."""
+    try:
+        with os.scandir(folder / "entries") as found:
+            return sorted(Path(item.path) for item in found if _SHARD.fullmatch(item.name) and item.is_dir(follow_symlinks=False))
+    except OSError:
+        return []
+
+
+def _listing(shard: Path) -> tuple[list[Path], list[Path]]:
+    """Return the entry files of one folder, and what else is in it."""
+    entries: list[Path] = []
+    loose: list[Path] = []
+    with contextlib.suppress(OSError), os.scandir(shard) as found:
+        for item in found:
+            stem, suffix = os.path.splitext(item.name)
+            named = suffix == _SUFFIX and KEY.fullmatch(stem) and stem.startswith(shard.name)
+            (entries if named else loose).append(Path(item.path))
+    return sorted(entries), sorted(loose)
 
 
 def entry_files(folder: Path) -> list[Path]:
@@ -31,8 +59,21 @@ def entry_files(folder: Path) -> list[Path]:
     Args:
         folder: `<root>/v1`.
     """
-    found = (folder / "entries").glob("??/*.safetensors")
-    return sorted(path for path in found if KEY.fullmatch(path.stem) and path.parent.name == path.stem[:2])
+    return [path for shard in _shard_folders(folder) for path in _listing(shard)[0]]
+
+
+def loose_files(folder: Path) -> list[Path]:
+    """Return what lies among the entries of a store and is called like none.
+
+    Args:
+        folder: `<root>/v1`.
+    """
+    shards = _shard_folders(folder)
+    known = {shard.name for shard in shards}
+    found = [path for shard in shards for path in _listing(shard)[1]]
+    with contextlib.suppress(OSError):
+        found += [path for path in (folder / "entries").iterdir() if path.name not in known]
+    return sorted(found)
 
 
 def row_of(entry: StoredEntry, used_s: float) -> EntryRow:
@@ -67,16 +108,24 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and 0 <= value < 1 << 62 else 0.0
 
 
+def _row_in(path: Path, *, shared: bool) -> EntryRow | None:
+    """Return the row of an entry file, or None if it is no entry."""
+    with contextlib.suppress(CacheError, OSError, ValueError, TypeError, AttributeError, OverflowError):
+        return row_of(StoredEntry(path.stem, path, shared=shared), path.stat().st_mtime)
+    return None
+
+
 class TolerantIndex:
     """Run queries on the index of a store, or answer with a default.
 
     Args:
         folder: `<root>/v1`.
         readonly: write nothing at all.
+        access: of the store's files.
     """
 
-    def __init__(self, folder: Path, *, readonly: bool) -> None:
-        self._folder, self._readonly = folder, readonly
+    def __init__(self, folder: Path, *, readonly: bool, access: Access = PRIVATE) -> None:
+        self._folder, self._readonly, self._access = folder, readonly, access
         self._path = folder / "index.sqlite3"
         self._lock = threading.RLock()
         self._index: Index | None = None
@@ -91,22 +140,66 @@ class TolerantIndex:
                         self._index = self._open()
                     return action(self._index)
                 except sqlite3.Error as error:
-                    if self._readonly:
-                        if attempt or not is_damage(error):
-                            return default
-                        self.close()
-                        self._index = self._scan_into(Index(None))
-                        continue
                     if not is_damage(error) or attempt:
-                        self._warn(f"the index cannot be used: {error}")
+                        if not self._readonly:
+                            self._warn(f"the index cannot be used: {error}")
                         return default
                     self.close()
                     with contextlib.suppress(sqlite3.Error):
-                        self._index = self._replace(str(error))
+                        self._index = self._scan_into(Index(None)) if self._readonly else self._replace(str(error))
                 except (ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
                     self._warn(f"the index cannot be used: {error}")
                     return default
             return default
+
+    def in_step(self, action: Callable[[Index], _T], default: _T) -> _T:
+        """Return what the action returns after rows and files were made to agree: no row without a file, no entry without a row.
+
+        A folder of entries whose mtime is the one that was recorded has not changed; only others are looked into. What
+        changed less than two seconds ago may change again within the clock's grain: it is not recorded yet.
+        """
+
+        def run(index: Index) -> _T:
+            self._reconcile(index)
+            return action(self._index or index)
+
+        return self.call(run, default)
+
+    def _reconcile(self, index: Index) -> None:
+        known = index.shards()
+        now_ns = time.time_ns()
+        changed: dict[str, tuple[int, int]] = {}
+        missing: list[EntryRow] = []
+        gone: list[str] = []
+        shards = {path.name: path for path in _shard_folders(self._folder)}
+        for name in known.keys() - shards.keys():
+            changed[name] = (0, 0)
+            gone += index.keys_in(name)
+        for name, path in shards.items():
+            try:
+                mtime_ns = path.stat().st_mtime_ns  # before the listing: what comes later is seen the next time
+            except OSError:
+                continue
+            if known.get(name, (0, 0))[0] == mtime_ns:
+                continue
+            files, loose = _listing(path)
+            have = index.keys_in(name)
+            for file in files:
+                row = None if file.stem in have else _row_in(file, shared=self._access.shared)
+                if row:
+                    missing.append(row)
+                elif file.stem not in have:
+                    loose.append(file)
+            gone += have - {file.stem for file in files}
+            settled = mtime_ns + RACY_NS <= now_ns
+            changed[name] = mtime_ns if settled else 0, sum(_size(file) for file in loose)
+        if not (missing or gone or any(known.get(name, (0, 0)) != found for name, found in changed.items())):
+            return
+        if self._readonly:
+            writable = index.copy()
+            index.close()
+            self._index = index = writable
+        index.put_shards(changed, missing, gone)
 
     def rebuild(self) -> int:
         """Make the index anew from the entries, keeping counters and use times where they can be read.
@@ -121,11 +214,29 @@ class TolerantIndex:
             counters = self.call(lambda index: index.counters(), none)
             self.close()
             self._remove()
-            self._index = self._scan_into(Index(self._path))
-            rows = [old.get(row.key, row) for row in self._index.entries()]
-            self._index.put(rows)
-            self._index.count(counters)
-            return len(rows)
+            self._index = self._open()
+            rows = [_merged(row, old[row.key]) for row in self.call(lambda index: index.entries(), nothing) if row.key in old]
+            count, _ = self.call(lambda index: index.count_and_nbytes(), (0, 0))
+            self.call(lambda index: index.put(rows), None)
+            self.call(lambda index: index.count(counters), None)
+            return count
+
+    def check(self) -> str | None:
+        """Return what is wrong with the index file itself, or None; it is left as it is."""
+        with self._lock:
+            self.close()
+            if not self._path.exists():
+                return None
+            try:
+                index = Index(self._path, readonly=True)
+            except StoreTooNewError as error:
+                return error.message
+            except (sqlite3.Error, OSError) as error:
+                return str(error)
+            try:
+                return index.check()
+            finally:
+                index.close()
 
     def close(self) -> None:
         """Close the index; the next call opens it again."""
@@ -137,7 +248,7 @@ class TolerantIndex:
     def _warn(self, text: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(text, QuantcacheWarning, stacklevel=4)
+            warnings.warn(text, QuantcacheWarning, stacklevel=5)
 
     def _open(self) -> Index:
         if self._readonly:
@@ -147,10 +258,12 @@ class TolerantIndex:
             except (sqlite3.Error, StoreTooNewError):
                 return self._scan_into(Index(None))
             return index
+        if locks_work(self._folder / "locks") is False:  # SQLite would take the refusal for a busy neighbour, and wait
+            return self._scan_into(Index(None))
         try:
             if self._path.is_dir():
                 return self._replace("it is a folder")
-            index = Index(self._path)
+            index = self._index_at()
         except StoreTooNewError as error:
             self._warn(f"{error.message}; reading the entries themselves")
             return self._scan_into(Index(None))
@@ -160,25 +273,45 @@ class TolerantIndex:
             return self._replace(str(error))
         return self._scan_into(index) if index.created else index
 
+    def _index_at(self) -> Index:
+        """Open the index, or make it with the store's access."""
+        if not self._path.exists():
+            with contextlib.suppress(FileExistsError):  # SQLite gives its log and its shared memory the same mode
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, self._access.file_mode))
+                self._path.chmod(self._access.file_mode)
+        return Index(self._path)
+
     def _replace(self, why: str) -> Index:
         self._warn(f"the index was damaged ({why}) and is rebuilt from the entries")
         self._remove()
         if self._path.exists():
             return self._scan_into(Index(None))
-        return self._scan_into(Index(self._path))
+        return self._scan_into(self._index_at())
 
     def _remove(self) -> None:
         """Move the index away; its write-ahead log must go with it, or it would be replayed into the next one."""
-        for suffix in ("-wal", "-shm", ""):
+        for suffix in ("-wal", "-shm", "-journal", ""):
             path = self._path.with_name(self._path.name + suffix)
             if path.exists() and quarantine(path, self._folder / "quarantine") is None:
                 return
 
     def _scan_into(self, index: Index) -> Index:
-        rows = []
-        for path in entry_files(self._folder):
-            with contextlib.suppress(CacheError, OSError, ValueError, TypeError, AttributeError, OverflowError):
-                rows.append(row_of(StoredEntry(path.stem, path), path.stat().st_mtime))
-        if rows:
-            index.put(rows)
+        """Fill an empty index from the entries."""
+        readonly, self._readonly = self._readonly, False
+        try:
+            self._reconcile(index)
+        finally:
+            self._readonly = readonly
         return index
+
+
+def _merged(row: EntryRow, old: EntryRow) -> EntryRow:
+    """Return what the header says, with what only the index knew."""
+    return replace(row, used_s=old.used_s, hits=old.hits, checked_s=old.checked_s)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat(follow_symlinks=False).st_size
+    except OSError:
+        return 0

@@ -127,7 +127,7 @@ def test_readonly_store_writes_nothing(filled: Path) -> None:
         entry = cache.open(rows[0].key)
         assert all(entry.intact(key) for key in entry.header.slots)
         cache.used(entry, saved_s=1.0)
-        cache.checked(rows[0].key)
+        cache.checked([rows[0].key])
         cache.record_source(Stamp(1, 2, 3, 4, 5), "d", Path("x"), 1 << 62)
         cache.record_model(Path("x"), "nf4", [rows[0].key])
         cache.flush()
@@ -153,7 +153,7 @@ def test_rebuild_keeps_counters_and_use(filled: Path) -> None:
         lost = next(iter(rows))
         cache.index.call(lambda index: index.remove([lost]), None)
         kept = next(key for key in rows if key != lost)
-        cache.index.call(lambda index: index.used({kept: 5}, 4e9), None)
+        cache.index.call(lambda index: index.note({kept: 5}, {}, 4e9), None)
         hits = cache.stats()["hits"]
         assert cache.rebuild_index() == 3
         assert {row.key for row in cache.entries()} == set(rows)

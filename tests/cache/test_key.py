@@ -14,7 +14,7 @@ import pytest
 from quantcache.cache.key import CHUNK, RACY_NS, Stamp, canonical, combine, digest, fingerprint, key_of
 from quantcache.errors import UsageError
 from quantcache.loader.pipeline import source_digest
-from quantcache.loader.plan import key_document
+from quantcache.loader.plan import Request
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source
 
@@ -127,31 +127,31 @@ def _nf4(**options: Any) -> Recipe:
 )
 def test_every_factor_is_in_the_key(recipe: Recipe, source: str, nbytes: int) -> None:
     """Source, size, codec, rules, factor and what becomes of the rest each make another key."""
-    base = key_of(key_document(_nf4(), DIGEST, 100))
-    assert key_of(key_document(recipe, source, nbytes)) != base
-    assert key_of(key_document(_nf4(), DIGEST, 100)) == base
+    base = key_of(Request(_nf4()).key_document(DIGEST, 100))
+    assert key_of(Request(recipe).key_document(source, nbytes)) != base
+    assert key_of(Request(_nf4()).key_document(DIGEST, 100)) == base
 
 
 def test_order_of_rules_is_in_the_key() -> None:
     """The first rule counts, so another order is another key."""
     rules = [("a.*", "int8"), ("*.weight", "nf4")]
-    keys = {key_of(key_document(Recipe(ordered), DIGEST, 1)) for ordered in (rules, rules[::-1])}
+    keys = {key_of(Request(Recipe(ordered)).key_document(DIGEST, 1)) for ordered in (rules, rules[::-1])}
     assert len(keys) == 2
 
 
 def test_label_is_not_in_the_key() -> None:
     """What listings call a recipe does not change its key."""
     rules = [("*.weight", "nf4")]
-    assert key_document(Recipe(rules, label="x"), DIGEST, 1) == key_document(Recipe(rules, label="y"), DIGEST, 1)
+    assert Request(Recipe(rules, label="x")).key_document(DIGEST, 1) == Request(Recipe(rules, label="y")).key_document(DIGEST, 1)
 
 
 def test_codec_version_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """A codec that stores other bytes than before raises its version, and old entries are nobody's hit."""
     from quantcache.quant.codec import codec
 
-    before = key_of(key_document(_nf4(), DIGEST, 1))
+    before = key_of(Request(_nf4()).key_document(DIGEST, 1))
     monkeypatch.setattr(type(codec("nf4")), "version", codec("nf4").version + 1)
-    assert key_of(key_document(_nf4(), DIGEST, 1)) != before
+    assert key_of(Request(_nf4()).key_document(DIGEST, 1)) != before
 
 
 def test_canonical_text() -> None:

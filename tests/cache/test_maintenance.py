@@ -48,21 +48,22 @@ def test_verify_finds_a_flipped_byte(store: Cache, put: Put, tensor: str, where:
     clean = _flip(entry, offset if where == "first" else offset + slot.nbytes - 1)
     damaged = entry.path.read_bytes()
     for _ in range(2):
-        looked, findings = verify(store)
-        assert looked == 2
-        assert [(finding.key, tensor in finding.problem) for finding in findings] == [(entry.key, True)]
+        done = verify(store)
+        findings = done.findings
+        assert len(done.checked) == 2
+        assert [(finding.subject, tensor in finding.problem) for finding in findings] == [(entry.key, True)]
         assert entry.path.read_bytes() == damaged != clean
         assert _checked(store, entry.key) == 0
         assert _checked(store, fine.key) > 0
-    assert verify(store, quick=True) == (2, [])
+    assert verify(store, quick=True).findings == []
     entry.path.write_bytes(clean)
-    assert verify(store) == (2, [])
+    assert verify(store).findings == []
 
 
 def test_quick_verify_records_nothing(store: Cache, put: Put) -> None:
     """Looking at headers alone never counts as a check of the digests."""
     key = put(store, 0).key
-    assert verify(store, quick=True) == (1, [])
+    assert (len(verify(store, quick=True).checked), verify(store, quick=True).findings) == (1, [])
     assert _checked(store, key) == 0
 
 
@@ -74,8 +75,8 @@ def test_verify_looks_at_files_not_rows(store: Cache, put: Put) -> None:
     store.pin(pinned.key)
     gone.path.unlink()
     pinned.path.unlink()
-    _, findings = verify(store)
-    assert {finding.key for finding in findings} == {orphan.key, gone.key, pinned.key}
+    findings = verify(store).findings
+    assert {finding.subject for finding in findings} == {orphan.key, gone.key, pinned.key}
 
 
 def test_verify_finds_a_header_and_a_swap(store: Cache, put: Put) -> None:
@@ -84,8 +85,8 @@ def test_verify_finds_a_header_and_a_swap(store: Cache, put: Put) -> None:
     _flip(header, 40)
     cut.path.write_bytes(cut.path.read_bytes()[:-1])
     swapped.path.write_bytes(fine.path.read_bytes())
-    _, findings = verify(store, quick=True)
-    assert {finding.key for finding in findings} == {header.key, cut.key, swapped.key}
+    findings = verify(store, quick=True).findings
+    assert {finding.subject for finding in findings} == {header.key, cut.key, swapped.key}
 
 
 def test_repair(store: Cache, put: Put) -> None:
@@ -97,13 +98,13 @@ def test_repair(store: Cache, put: Put) -> None:
     store.index.call(lambda index: index.remove([lost.key]), None)
     dead = store.folder / "tmp" / "4194305-dead.tmp"  # above the highest process number
     dead.write_bytes(b"x")
-    findings, removed, left = repair(store, dry_run=True)
-    assert {finding.key for finding in findings} >= {bad.key, pinned.key}
+    done, removed, left = repair(store, dry_run=True)
+    assert {finding.subject for finding in done.findings} >= {bad.key, pinned.key}
     assert [path for path, _ in removed.files] == [dead]
     assert dead.exists()
     assert bad.path.exists()
     with pytest.warns(QuantcacheWarning, match="quarantine") as caught:
-        findings, removed, left = repair(store)
+        done, removed, left = repair(store)
     assert len(caught) == 1
     assert not dead.exists()
     assert not bad.path.exists()
@@ -111,7 +112,7 @@ def test_repair(store: Cache, put: Put) -> None:
     assert left == 1
     assert _keys(store) == {lost.key}
     assert store.pinned() == set()
-    assert verify(store) == (1, [])
+    assert (len(verify(store).checked), verify(store).findings) == (1, [])
     assert put(store, 0).key == bad.key
 
 
@@ -210,7 +211,7 @@ def test_readonly_store(store: Cache, put: Put) -> None:
     entry = put(store, 0)
     store.close()
     with Cache(store.root, readonly=True) as cache:
-        assert verify(cache) == (1, [])
+        assert (len(verify(cache).checked), verify(cache).findings) == (1, [])
         assert len(prune(cache, max_size=0, dry_run=True).entries) == 1
         for change in (lambda: prune(cache, max_size=0), lambda: repair(cache), lambda: clear(cache)):
             with pytest.raises(StoreReadOnlyError):

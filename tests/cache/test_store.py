@@ -35,7 +35,7 @@ Content = Callable[[int, int], dict[str, Any]]
 
 
 def _use(cache: Cache, key: str, at_s: float) -> None:
-    cache.index.call(lambda index: index.used({key: 1}, at_s), None)
+    cache.index.call(lambda index: index.note({key: 1}, {}, at_s), None)
 
 
 def _keys(cache: Cache) -> set[str]:
