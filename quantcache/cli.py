@@ -105,21 +105,29 @@ def _rows_of(cache: Cache, named: str) -> list[EntryRow]:
     return [cache.lookup(named)]
 
 
-@_verb(
-    "warm", "build entries ahead of time",
-    _arg("paths", nargs="+", metavar="PATH", help="checkpoints: files or folders"),
-    _arg("--quant", default="nf4", help="nf4, nf4-dq, int8, int8-row or f16 (default nf4)"),
+#: What says which tensor becomes what.
+_RECIPE = (
+    _arg("--quant", default="nf4", help="nf4, nf4-dq, int8, int8-row, f16 or native (default nf4)"),
     _arg("--rule", action="append", default=[], metavar="PATTERN=CODEC[*FACTOR]", help="before the default rules"),
     _arg("--include", action="append", metavar="PATTERN", help="quantize these names (default *.weight)"),
     _arg("--exclude", action="append", metavar="PATTERN", help="leave these names (default embeddings and heads)"),
     _arg("--other", default="f16", choices=("f16", "keep"), help="what becomes of the rest (default f16)"),
     _arg("--native", default="keep", choices=("keep", "convert"), help="GGUF blocks (default keep)"),
+    _arg("--names", default="auto", choices=("auto", "file"), help="an RWKV GGUF's: the checkpoint's, or the file's (default auto)"),
+    _arg("--lora", action="append", default=[], metavar="FILE[:ALPHA]", help="merge an adapter first; ALPHA is a number or PATTERN=NUMBER,..."),
+)  # fmt: skip
+
+
+@_verb(
+    "warm", "build entries ahead of time",
+    _arg("paths", nargs="+", metavar="PATH", help="checkpoints: files or folders"),
+    *_RECIPE,
     _arg("--refresh", action="store_true", help="build again even if it is there"),
 )  # fmt: skip
 def _warm(options: argparse.Namespace, output: Output) -> int:
     from quantcache.loader.model import load
 
-    rules = [_parse_rule(text) for text in options.rule]
+    wanted = _wanted(options)
     done: list[dict[str, Any]] = []
     failed, code = 0, 1
     with _cache(options, create=True) as cache:
@@ -127,8 +135,7 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
             start = time.monotonic()
             try:
                 with output.progress(Path(path).name) as progress, load(
-                    path, options.quant, include=options.include, exclude=options.exclude, rules=rules, other=options.other,
-                    native=options.native, cache=cache, mode="refresh" if options.refresh else "auto", threads=options.threads,
+                    path, **wanted, cache=cache, mode="refresh" if options.refresh else "auto", threads=options.threads,
                     progress=progress,
                 ) as model:  # fmt: skip
                     model.finish()
@@ -160,6 +167,32 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
     return 0 if not failed else code if failed == len(options.paths) else 3
 
 
+def _wanted(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `load` that say which tensor becomes what."""
+    return {
+        "quant": options.quant, "rules": [_parse_rule(text) for text in options.rule], "include": options.include,
+        "exclude": options.exclude, "other": options.other, "native": options.native, "names": options.names,
+        "lora": [_parse_lora(text) for text in options.lora],
+    }  # fmt: skip
+
+
+def _parse_lora(text: str) -> tuple[str, Any]:
+    """Split FILE[:ALPHA]; a file whose name has a colon is taken whole if it exists."""
+    path, separator, given = text.rpartition(":")
+    if not separator or os.path.exists(text):
+        return text, None
+    try:
+        if "=" not in given:
+            return path, float(given)
+        # a number alone is for the rest
+        pairs = [part.rpartition("=") if "=" in part else ("*", "=", part) for part in given.split(",")]
+        return path, [(pattern, float(value)) for pattern, _, value in pairs]
+    except ValueError:
+        if os.path.exists(path):
+            raise UsageError(f"--lora {text!r}: {given!r} is no alpha", hint="as FILE:16 or 'FILE:*.att.*=16,*.ffn.*=8'") from None
+        return text, None
+
+
 def _parse_rule(text: str) -> tuple[str, str] | tuple[str, str, float]:
     pattern, separator, target = text.rpartition("=")
     codec, _, factor = target.partition("*")
@@ -179,10 +212,8 @@ def _parse_rule(text: str) -> tuple[str, str] | tuple[str, str, float]:
 )  # fmt: skip
 def _ls(options: argparse.Namespace, output: Output) -> int:
     with _cache(options) as cache:
-        rows = [row for row in cache.entries() if all(_matches(row, text) for text in options.filter)]
-        order = {"used": lambda r: -r.used_s, "size": lambda r: -r.nbytes, "created": lambda r: -r.created_s,
-                 "hits": lambda r: -r.hits, "name": lambda r: r.source_path}[options.sort]  # fmt: skip
-        rows = sorted(rows, key=order)[: options.limit]
+        rows = cache.entries(options.sort, None if options.filter else options.limit)
+        rows = [row for row in rows if all(_matches(row, text) for text in options.filter)][: options.limit]
         pinned = cache.pinned()
     if output.as_json:
         output.document(entries=[_as_json(row, pinned) for row in rows])
@@ -218,7 +249,7 @@ def _matches(row: EntryRow, text: str) -> bool:
     return {">": have > want, "<": have < want, ">=": have >= want, "<=": have <= want, "=": have == want}[sign]
 
 
-@_verb("info", "show an entry, or what is in a checkpoint", _arg("what", metavar="KEY|PATH"), _arg("--quant", default="nf4"))
+@_verb("info", "show an entry, or what is in a checkpoint and would become of it", _arg("what", metavar="KEY|PATH"), *_RECIPE)
 def _info(options: argparse.Namespace, output: Output) -> int:
     path = Path(options.what)
     if path.exists():
@@ -236,6 +267,8 @@ def _info(options: argparse.Namespace, output: Output) -> int:
                         ("source", row.source_path), ("source size", size(row.source_nbytes)), ("built", f"{ago(row.created_s)}, in {seconds(row.build_s)}"),
                         ("used", f"{ago(row.used_s)}, {row.hits} hits"), ("pinned", "yes" if row.key in pinned else "no")):  # fmt: skip
         print(f"{name:12} {value}")
+    for adapter in header.document.get("adapters", ()):
+        print(f"{'adapter':12} {adapter['digest'][:12]}, scale {', '.join(f'{scale:g}' for scale in adapter['scales'])}")
     print()
     output.table(("codec", "type", "shape", "tensor", "why"), [(t["codec"], t["source_type"], "x".join(map(str, t["shape"])), t["name"], t["reason"] or "") for t in tensors], flexible=3)
     return 0
@@ -243,20 +276,22 @@ def _info(options: argparse.Namespace, output: Output) -> int:
 
 def _info_path(options: argparse.Namespace, output: Output) -> int:
     """Show what each tensor of a checkpoint is, and would become."""
-    from quantcache.loader.recipe import Recipe
-    from quantcache.loader.source import open_checkpoint
+    from quantcache.loader.preview import preview
 
-    recipe = Recipe.of(options.quant)
-    tensors: list[dict[str, Any]] = []
-    for source in open_checkpoint(options.what):
-        for tensor in source.tensors.values():
-            decision = recipe.decide(tensor)
-            tensors.append({"file": source.path.name, "name": tensor.name, "type": tensor.dtype, "shape": list(tensor.shape),
-                            "size": tensor.nbytes, "becomes": decision.codec, "reason": decision.reason or None})  # fmt: skip
+    wanted = _wanted(options)
+    tensors = [vars(found) for found in preview(options.what, **wanted)]
+    totals = {"size": sum(t["size"] for t in tensors), "stored_size": sum(t["stored_size"] for t in tensors)}
     if output.as_json:
-        output.document(path=options.what, quant=options.quant, tensors=tensors)
-    else:
-        output.table(("type", "shape", "size", "becomes", "tensor", "why"), [(t["type"], "x".join(map(str, t["shape"])), size(t["size"]), t["becomes"], t["name"], t["reason"] or "") for t in tensors], flexible=4)
+        output.document(path=options.what, quant=options.quant, tensors=tensors, **totals)
+        return 0
+    output.table(
+        ("type", "shape", "size", "becomes", "then", "tensor", "why"),
+        [(t["type"], "x".join(map(str, t["shape"])), size(t["size"]), t["becomes"], size(t["stored_size"]), t["name"],
+          ", ".join(filter(None, ("merged" if t["changes"] else "", t["reason"])))) for t in tensors],
+        flexible=5,
+    )  # fmt: skip
+    native = sum(t["becomes"] == "native" for t in tensors)
+    output.words(f"{len(tensors)} tensors, {native} of them as they are: {size(totals['size'])} -> {size(totals['stored_size'])}")
     return 0
 
 
@@ -264,7 +299,7 @@ def _info_path(options: argparse.Namespace, output: Output) -> int:
 def _stats(options: argparse.Namespace, output: Output) -> int:
     with _cache(options) as cache:
         found, usage = cache.stats(), cache.usage()
-        entries = len(cache.entries())
+        entries = len(cache)
     if output.as_json:
         whole = {name: value if name.startswith("seconds") else int(value) for name, value in found.items()}
         output.document(entries=entries, size=usage["total"], **whole)
@@ -296,20 +331,34 @@ def _du(options: argparse.Namespace, output: Output) -> int:
     _arg("keys", nargs="*", metavar="KEY|PATH"),
     _arg("--quick", action="store_true", help="headers and lengths only"),
     _arg("--full", action="store_true", help="every digest (the default)"),
+    _arg("--subset", metavar="PART", help="10%% or 50GB of the store, the longest unchecked first; or 2/7"),
+    _arg("--max-duration", type=_TIME, metavar="TIME", help="begin no further entry after this long (10min)"),
+    _arg("--against-source", action="store_true", help="quantize again, and compare every byte"),
 )  # fmt: skip
 def _verify(options: argparse.Namespace, output: Output) -> int:
     from quantcache.cache.maintenance import verify
 
     with _cache(options) as cache:
         keys = [row.key for named in options.keys for row in _rows_of(cache, named)] if options.keys else None
-        count, findings = verify(cache, keys, quick=options.quick, threads=options.threads or os.cpu_count() or 1)
+        done = verify(cache, keys, quick=options.quick, subset=options.subset, max_duration_s=options.max_duration,
+                      threads=options.threads or os.cpu_count() or 1)  # fmt: skip
+        if options.against_source:
+            from quantcache.loader.against_source import compare
+
+            bad = {finding.subject for finding in done.findings}
+            done.findings += compare(cache, [key for key in done.checked if key not in bad], threads=options.threads or 0)
     if output.as_json:
-        output.document(checked=count, findings=[{"key": f.key, "problem": f.problem} for f in findings])
+        output.document(checked=len(done.checked), left=done.left, findings=[_finding(f) for f in done.findings])
     else:
-        for finding in findings:
-            print(f"damaged  {finding.key}  {finding.problem}")
-        output.words(f"{count} entries checked, {len(findings)} findings" + ("; quantcache repair" if findings else ""))
-    return 1 if findings else 0
+        for finding in done.findings:
+            print(f"{'damaged' if finding.damaged else 'found'}  {finding.subject}  {finding.problem}")
+        left = f", {done.left} left for another time" if done.left else ""
+        output.words(f"{len(done.checked)} entries checked{left}, {len(done.findings)} findings" + ("; quantcache repair" if done.findings else ""))
+    return 1 if done.findings else 0
+
+
+def _finding(finding: Any) -> dict[str, Any]:
+    return {"key": finding.subject, "problem": finding.problem, "damaged": finding.damaged}
 
 
 @_verb("repair", "quarantine what is damaged and rebuild the index", *_DRY)
@@ -317,14 +366,15 @@ def _repair(options: argparse.Namespace, output: Output) -> int:
     from quantcache.cache.maintenance import repair
 
     with _cache(options) as cache:
-        findings, removed, left = repair(cache, dry_run=options.dry_run, threads=options.threads or os.cpu_count() or 1)
+        done, removed, left = repair(cache, dry_run=options.dry_run, threads=options.threads or os.cpu_count() or 1)
     if output.as_json:
-        output.document(dry_run=options.dry_run, entries=left, findings=[{"key": f.key, "problem": f.problem} for f in findings],
+        output.document(dry_run=options.dry_run, entries=left, findings=[_finding(f) for f in done.findings],
                         removed=[str(path) for path, _ in removed.files])  # fmt: skip
     else:
-        for finding in findings:
-            print(f"{'would quarantine' if options.dry_run else 'quarantined'}  {finding.key}  {finding.problem}")
-        output.words(f"{len(findings)} findings, {len(removed.files)} temp files, {left} entries")
+        for finding in done.findings:
+            done_to_it = "found" if not finding.damaged else "would quarantine" if options.dry_run else "quarantined"
+            print(f"{done_to_it}  {finding.subject}  {finding.problem}")
+        output.words(f"{len(done.findings)} findings, {len(removed.files)} temp files, {left} entries")
     return 0
 
 
@@ -351,26 +401,25 @@ def _prune(options: argparse.Namespace, output: Output) -> int:
 
 def _removed(output: Output, found: Any, *, dry_run: bool) -> int:
     if output.as_json:
-        output.document(dry_run=dry_run, freed=found.nbytes, entries=[row.key for row in found.entries], files=[str(p) for p, _ in found.files])
+        output.document(dry_run=dry_run, size=found.nbytes, freed=found.freed, entries=[row.key for row in found.entries], files=[str(p) for p, _ in found.files])
     else:
         for row in found.entries:
             print(f"{'would remove' if dry_run else 'removed'}  {row.key[:12]}  {size(row.nbytes)}  {row.source_path}")
-        output.words(f"{len(found.entries)} entries, {size(found.nbytes)} {'would be' if dry_run else ''} freed".replace("  ", " "))
-    return 0
+        output.words(f"{len(found.entries)} entries, {size(found.freed)} of the disk {'would come' if dry_run else 'came'} free")
+    for message in found.failed:
+        output.problem("error", message)
+    return 3 if found.failed else 0
 
 
 @_verb("rm", "remove entries", _arg("keys", nargs="+", metavar="KEY|PATH"), *_DRY)
 def _rm(options: argparse.Namespace, output: Output) -> int:
-    from quantcache.cache.maintenance import Pruned
+    from quantcache.cache.maintenance import remove
 
     with _cache(options) as cache:
         rows = {row.key: row for named in options.keys for row in _rows_of(cache, named)}
         if not _agreed(options, output, f"{len(rows)} entries will be removed"):
             return 1
-        if not options.dry_run:
-            for key in rows:
-                cache.remove(key)
-        return _removed(output, Pruned(entries=list(rows.values())), dry_run=options.dry_run)
+        return _removed(output, remove(cache, list(rows.values()), dry_run=options.dry_run), dry_run=options.dry_run)
 
 
 @_verb("clear", "remove all entries but the pinned", _arg("--pinned", action="store_true", help="pinned ones, too"), *_DRY)

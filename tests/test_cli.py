@@ -213,6 +213,72 @@ def test_info_of_a_path(run: Run, model: Path) -> None:
     }
 
 
+def adapter(folder: Path) -> Path:
+    """Write a LoRA in RWKV's form, which does not say how large its alpha is."""
+    ones = np.ones((4, 128), np.float32), np.ones((64, 4), np.float32)
+    save_file({"blocks.0.att.key.lora.0": ones[0], "blocks.0.att.key.lora.1": ones[1]}, folder / "my lora.st")
+    return folder / "my lora.st"
+
+
+def test_warm_with_an_adapter(run: Run, model: Path, key: str, tmp_path: Path) -> None:
+    """--lora FILE:ALPHA is an entry of its own; the same alpha, however it is written, is a hit, and `info` shows it."""
+    lora = adapter(tmp_path)
+    first, again, by_name, other = (
+        run("--json", "warm", model, "--lora", f"{lora}:{alpha}").json["models"][0] for alpha in ("8", "8.0", "*.key.*=8", "4")
+    )
+    assert [found["state"] for found in (first, again, by_name, other)] == ["built", "hit", "hit", "built"]
+    assert first["keys"] == again["keys"] == by_name["keys"]
+    assert len({key, first["keys"][0], other["keys"][0]}) == 3
+    shown = run("info", first["keys"][0]).out
+    assert "adapter" in shown
+    assert "scale 2" in shown
+
+
+def test_info_of_a_path_with_an_adapter(run: Run, model: Path, tmp_path: Path) -> None:
+    """`info PATH` takes what `warm` takes, and shows which tensors an adapter changes and what would be stored."""
+    found = run("--json", "info", model, "--quant", "nf4", "--lora", f"{adapter(tmp_path)}:8").json
+    weight, norm = ({t["name"]: t for t in found["tensors"]}[name] for name in ("blocks.0.att.key.weight", "blocks.0.ln1.weight"))
+    assert (weight["changes"], norm["changes"]) == (1, 0)
+    assert (weight["becomes"], weight["type"], weight["shape"]) == ("nf4", "F16", [64, 128])
+    assert weight["stored_size"] < weight["size"] == 64 * 128 * 2
+    assert found["stored_size"] == weight["stored_size"] + norm["stored_size"]
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "words"),
+    [("{}", 2, "--lora FILE:ALPHA"), ("{}:x", 2, "no alpha"), ("{}:*=x", 2, "no alpha"), ("nothing.st:8", 4, "no such file")],
+)
+def test_adapters_that_cannot_be(run: Run, model: Path, tmp_path: Path, given: str, code: int, words: str) -> None:
+    """An adapter without an alpha, with none that is a number, or without a file: in words, with the exit code."""
+    found = run("warm", model, "--lora", given.format(adapter(tmp_path)))
+    assert found.code == code
+    assert words in found.err
+
+
+def test_adapter_with_a_colon_in_its_name(run: Run, model: Path, tmp_path: Path) -> None:
+    """A file that exists under the whole text is meant, and not an alpha."""
+    lora = adapter(tmp_path).rename(tmp_path / "a:8")
+    assert "does not say how large alpha is" in run("warm", model, "--lora", lora).err
+    assert run("warm", model, "--lora", f"{lora}:8").out.startswith("built")
+    long = ",".join(f"*.key.weight{'?' * n}=1" for n in range(30))
+    assert "is called like" in run("warm", model, "--lora", f"{lora}:*=8,{long}").err
+
+
+def test_alpha_for_the_rest(run: Run, model: Path, tmp_path: Path) -> None:
+    """A number without a name behind others is for the rest, and none may be left without a weight."""
+    lora = adapter(tmp_path)
+    first, again = (run("--json", "warm", model, "--lora", f"{lora}:{alpha}").json["models"][0] for alpha in ("8", "*.key.*=8,3"))
+    assert (first["state"], again["state"]) == ("built", "hit")
+    assert run("warm", model, "--lora", f"{lora}:=5").code == 2
+
+
+@pytest.mark.parametrize("options", [["--native", "convert"], ["--include", "*"], ["--exclude", "a"]])
+def test_native_takes_no_other_wish(run: Run, model: Path, options: list[str]) -> None:
+    """What contradicts `--quant native` is refused, not ignored."""
+    assert run("warm", model, "--quant", "native", *options).code == 2
+    assert run("info", model, "--quant", "native", *options).code == 2
+
+
 def test_stats_count(run: Run, model: Path, key: str) -> None:
     """`stats` counts one miss and one hit after two runs."""
     run("warm", model)

@@ -87,6 +87,15 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert len(reason) > 5, f"{page.name}:{line}: a block that is not run needs a reason"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_fences_close(page: Path) -> None:
+    """Every block of code ends on a line of its own: one that does not would be neither shown nor run."""
+    fences = re.findall(r"^```(.*)$", text_of(page), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert all(not closing for closing in fences[1::2])
+    assert "```" not in BLOCK.sub("", text_of(page))
+
+
 def test_the_readme_shows_python() -> None:
     """README.md has Python that is run."""
     assert [code for _, code, reason in python_of(REPOSITORY / "README.md") if reason is None]
