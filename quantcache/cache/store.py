@@ -28,7 +28,7 @@ from typing import Any
 from quantcache.cache import policy as policies
 from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale, store_error
 from quantcache.cache.container import Slot
-from quantcache.cache.filesystem import PRIVATE, make_folders, prepare_root, sync_folder, tree_nbytes
+from quantcache.cache.filesystem import PRIVATE, files_in, make_folders, prepare_root, sync_folder, tree_nbytes
 from quantcache.cache.index import EntryRow
 from quantcache.cache.key import CONTAINER_VERSION, Stamp, canonical, key_of
 from quantcache.cache.settings import parse_share, parse_size, resolve
@@ -93,6 +93,7 @@ class Cache:
         self.readonly = readonly
         self.folder = self.root / f"v{CONTAINER_VERSION}"
         self._lock = threading.RLock()
+        self._complained = False
         self._pending: dict[str, int] = {}
         self._counts: dict[str, float] = {}
         if not os.path.isdir(self.folder):
@@ -120,7 +121,20 @@ class Cache:
             self.readonly = True
         if not os.access(self.folder / "entries", os.W_OK):
             self.readonly = True
-        self.index = TolerantIndex(self.folder, readonly=self.readonly, access=self.access)
+        self.index = TolerantIndex(self.folder, readonly=self.readonly, complain=self.complain, access=self.access)
+
+    # ---- what goes wrong ----
+
+    def begin(self) -> None:
+        """Begin a load: what goes wrong from here on is said once."""
+        self._complained = False
+
+    def complain(self, text: str) -> None:
+        """Warn, unless something was said since the load began: one failing disk fails in many places."""
+        with self._lock:
+            said, self._complained = self._complained, True
+        if not said:
+            warnings.warn(text, QuantcacheWarning, stacklevel=3)
 
     # ---- where things are ----
 
@@ -157,7 +171,7 @@ class Cache:
             self.damaged(key, error.message)
             return None
         except CacheError as error:
-            warnings.warn(f"{error.message}; loading without it", QuantcacheWarning, stacklevel=3)
+            self.complain(f"{error.message}; loading without it")
             return None
         return entry
 
@@ -249,7 +263,7 @@ class Cache:
                 f"another process has been building this entry for over {self.lock_timeout_s} s",
                 hint="wait for it, or raise --lock-timeout",
             ) from error
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError, RuntimeError):  # the last: a lock that could not be given back
             return lambda: None  # two writers waste work then, and never mix bytes
         return lambda: lock.release(force=True)
 
@@ -261,9 +275,12 @@ class Cache:
         """
         self._writable()
         slots = list(slots)
-        remove_stale(self.folder / "tmp")
-        self.make_room(sum(slot.nbytes for slot in slots))
-        return StagedEntry(self.folder / "tmp", slots, records, self.access)
+        try:
+            remove_stale(self.folder / "tmp")
+            self.make_room(sum(slot.nbytes for slot in slots))
+            return StagedEntry(self.folder / "tmp", slots, records, self.access)
+        except OSError as error:
+            raise store_error(f"cannot make room in {self.root}", error) from error
 
     def make_room(self, nbytes: int) -> None:
         """Evict until so many bytes fit the limits.
@@ -276,7 +293,7 @@ class Cache:
             spare = tree_nbytes(self.folder / "quarantine")
             chosen = policies.choose(self.entries(), short - spare, self.policy, self.pinned())
             if sum(row.nbytes for row in chosen) + spare >= short:  # else nothing is given up in vain
-                for path in sorted((self.folder / "quarantine").glob("*")):
+                for path in files_in(self.folder / "quarantine"):
                     with contextlib.suppress(OSError):
                         path.unlink()
                 for row in chosen:
@@ -481,7 +498,7 @@ class Cache:
 
     def pinned(self) -> set[str]:
         """Return the keys of pinned entries."""
-        return {path.name for path in (self.folder / "pins").glob("*") if KEY.fullmatch(path.name)}
+        return {path.name for path in files_in(self.folder / "pins") if KEY.fullmatch(path.name)}
 
     def checked(self, keys: Iterable[str]) -> None:
         """Record that all digests of entries were checked and right."""

@@ -11,17 +11,16 @@ import re
 import sqlite3
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from quantcache.cache.blobs import StoredEntry, quarantine
-from quantcache.cache.filesystem import PRIVATE, Access, locks_work
+from quantcache.cache.filesystem import PRIVATE, Access, files_in, locks_work
 from quantcache.cache.index import EntryRow, Index, is_damage
 from quantcache.cache.key import RACY_NS
-from quantcache.errors import CacheError, QuantcacheWarning, StoreTooNewError
+from quantcache.errors import CacheError, StoreTooNewError
 
 __all__ = ["KEY", "TolerantIndex", "entry_files", "loose_files", "row_of"]
 
@@ -71,8 +70,7 @@ def loose_files(folder: Path) -> list[Path]:
     shards = _shard_folders(folder)
     known = {shard.name for shard in shards}
     found = [path for shard in shards for path in _listing(shard)[1]]
-    with contextlib.suppress(OSError):
-        found += [path for path in (folder / "entries").iterdir() if path.name not in known]
+    found += [path for path in files_in(folder / "entries") if path.name not in known]
     return sorted(found)
 
 
@@ -122,34 +120,39 @@ class TolerantIndex:
         folder: `<root>/v1`.
         readonly: write nothing at all.
         access: of the store's files.
+        complain: called with what went wrong.
     """
 
-    def __init__(self, folder: Path, *, readonly: bool, access: Access = PRIVATE) -> None:
+    def __init__(self, folder: Path, *, readonly: bool, complain: Callable[[str], None], access: Access = PRIVATE) -> None:
         self._folder, self._readonly, self._access = folder, readonly, access
+        self._complain = complain
         self._path = folder / "index.sqlite3"
         self._lock = threading.RLock()
         self._index: Index | None = None
-        self._warned = False
+        self._given_up = False
 
     def call(self, action: Callable[[Index], _T], default: _T) -> _T:
-        """Return what the action returns; rebuild a damaged index once; else the default, with one warning."""
+        """Return what the action returns, from an index that is opened, or made anew, if need be; else the default.
+
+        A connection that failed is closed, for it may keep locks that it could not give back, and the action is tried once
+        more. After that the index is done without.
+        """
         with self._lock:
-            for attempt in range(2):
+            problem: Exception | None = None
+            for _ in range(2):
+                if self._given_up:
+                    return default
                 try:
                     if self._index is None:
-                        self._index = self._open()
+                        damaged = problem is not None and isinstance(problem, sqlite3.Error) and is_damage(problem)
+                        self._index = self._replace(str(problem)) if damaged else self._open()
                     return action(self._index)
-                except sqlite3.Error as error:
-                    if not is_damage(error) or attempt:
-                        if not self._readonly:
-                            self._warn(f"the index cannot be used: {error}")
-                        return default
+                except (sqlite3.Error, OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+                    problem = error
                     self.close()
-                    with contextlib.suppress(sqlite3.Error):
-                        self._index = self._scan_into(Index(None)) if self._readonly else self._replace(str(error))
-                except (ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
-                    self._warn(f"the index cannot be used: {error}")
-                    return default
+            self._given_up = True
+            if not self._readonly:
+                self._complain(f"the index cannot be used: {problem}")
             return default
 
     def in_step(self, action: Callable[[Index], _T], default: _T) -> _T:
@@ -225,7 +228,7 @@ class TolerantIndex:
         """Return what is wrong with the index file itself, or None; it is left as it is."""
         with self._lock:
             self.close()
-            if not self._path.exists():
+            if not os.path.exists(self._path):
                 return None
             try:
                 index = Index(self._path, readonly=True)
@@ -241,14 +244,10 @@ class TolerantIndex:
     def close(self) -> None:
         """Close the index; the next call opens it again."""
         with self._lock:
-            if self._index is not None:
-                self._index.close()
-                self._index = None
-
-    def _warn(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(text, QuantcacheWarning, stacklevel=5)
+            index, self._index = self._index, None
+            if index is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    index.close()
 
     def _open(self) -> Index:
         if self._readonly:
@@ -261,11 +260,11 @@ class TolerantIndex:
         if locks_work(self._folder / "locks") is False:  # SQLite would take the refusal for a busy neighbour, and wait
             return self._scan_into(Index(None))
         try:
-            if self._path.is_dir():
+            if os.path.isdir(self._path):
                 return self._replace("it is a folder")
             index = self._index_at()
         except StoreTooNewError as error:
-            self._warn(f"{error.message}; reading the entries themselves")
+            self._complain(f"{error.message}; reading the entries themselves")
             return self._scan_into(Index(None))
         except sqlite3.Error as error:
             if not is_damage(error):
@@ -275,16 +274,19 @@ class TolerantIndex:
 
     def _index_at(self) -> Index:
         """Open the index, or make it with the store's access."""
-        if not self._path.exists():
+        if not os.path.exists(self._path):
             with contextlib.suppress(FileExistsError):  # SQLite gives its log and its shared memory the same mode
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, self._access.file_mode))
                 self._path.chmod(self._access.file_mode)
         return Index(self._path)
 
     def _replace(self, why: str) -> Index:
-        self._warn(f"the index was damaged ({why}) and is rebuilt from the entries")
+        """Return an index that is made anew from the entries."""
+        if self._readonly:
+            return self._scan_into(Index(None))
+        self._complain(f"the index was damaged ({why}) and is rebuilt from the entries")
         self._remove()
-        if self._path.exists():
+        if os.path.exists(self._path):
             return self._scan_into(Index(None))
         return self._scan_into(self._index_at())
 
@@ -292,7 +294,7 @@ class TolerantIndex:
         """Move the index away; its write-ahead log must go with it, or it would be replayed into the next one."""
         for suffix in ("-wal", "-shm", "-journal", ""):
             path = self._path.with_name(self._path.name + suffix)
-            if path.exists() and quarantine(path, self._folder / "quarantine") is None:
+            if os.path.exists(path) and quarantine(path, self._folder / "quarantine") is None:
                 return
 
     def _scan_into(self, index: Index) -> Index:

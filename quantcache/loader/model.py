@@ -407,6 +407,7 @@ def _open_cache(cache: Cache | str | os.PathLike[str] | None, mode: str) -> tupl
     if mode == "off":
         return None, False
     if isinstance(cache, Cache):
+        cache.begin()
         if mode != "readonly" or cache.readonly:
             return cache, False
         cache = cache.root  # opened anew, so that nothing is written, not even a use time
@@ -446,7 +447,7 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
                 staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
             except CacheError as error:
                 unsaved = error
-                _unsaved(source, error)
+                _unsaved(cache, source, error)
             except BaseException:
                 if release:
                     release()
@@ -454,7 +455,7 @@ def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) 
         else:
             unsaved = StoreReadOnlyError(f"the store {cache.root} is read-only")
             if options.mode != "readonly":
-                _unsaved(source, unsaved)
+                _unsaved(cache, source, unsaved)
     if jobs is None:
         jobs = plan(source, request)
     shard.build = Build(source, request, jobs, cache if staged else None, staged, found, release, stamp, seen_ns)
@@ -484,8 +485,8 @@ def _look(
     return found
 
 
-def _unsaved(source: Source, error: CacheError) -> None:
-    warnings.warn(f"{source.path.name} is loaded but not saved: {error.message}", QuantcacheWarning, stacklevel=4)
+def _unsaved(cache: Cache, source: Source, error: CacheError) -> None:
+    cache.complain(f"{source.path.name} is loaded but not saved: {error.message}")
 
 
 def _array(entry: StoredEntry, key: str) -> Array:

@@ -356,7 +356,7 @@ class Pipeline:
                     task.target = build.memory
                     build.memory.add(task.job.slots)
         if cache is not None:
-            _warn(f"{build.source.path.name} is loaded but not saved: {error.message}")
+            cache.complain(f"{build.source.path.name} is loaded but not saved: {error.message}")
 
     def _chunk(self, build: Build, start: int) -> None:
         found = _chunk_digest(build.source, start)
