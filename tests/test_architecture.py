@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, tuple[set[str], str]] = {
     "loader": ({"quant", "cache", "tensor", "errors"}, "the one place where files, codecs and the store meet"),
     "render": (set(), "it formats what it is given and decides nothing"),
     "integrations": ({"loader", "quant", "cache", "tensor", "errors"}, "they stand on the loader, nothing on them"),
-    "cli": ({"loader", "cache", "render", "errors"}, "it has no logic of its own, so it needs no codec"),
+    "verbs": ({"loader", "cache", "render", "errors"}, "they have no logic of their own, so they need no codec"),
+    "cli": ({"verbs", "loader", "cache", "render", "errors"}, "it has no logic of its own, so it needs no codec"),
     "": ({"loader", "cache", "tensor", "errors"}, "the public names, imported when they are first used"),
 }  # fmt: skip
 
@@ -38,12 +39,12 @@ MAY_IMPORT: dict[str, tuple[set[str], str]] = {
 MUST_NOT_IMPORT: list[tuple[str, str, str]] = [
     (r"errors", r"(?!__future__).*", "everything imports it, so that it costs nothing and cannot make a circle"),
     (r"cache(\..*)?", r"numpy|wgpu|ml_dtypes|gguf", "`quantcache ls` answers at once, and bytes need no arrays"),
-    (r"cli|render|", r"numpy|wgpu|ml_dtypes|gguf", "`quantcache ls` answers at once"),
+    (r"cli|verbs\..*|render|", r"numpy|wgpu|ml_dtypes|gguf", "`quantcache ls` answers at once"),
     (r"(?!loader\.gpu$).*", r"wgpu", "it is slow to import and can abort the process: one file knows how to handle it"),
     (r"(?!cache\.(index|tolerant)$).*", r"sqlite3", "one file has the SQL; tolerant.py only catches its error class"),
     (r"loader\.formats\..*", r"quantcache\.loader\.(pipeline|model|plan|recipe)", "a new format is one file"),
     (r"loader\.formats\..*", r"quantcache\.(quant|cache)", "what is in a file does not depend on what becomes of it"),
-    (r"(?!cli$).*", r"argparse|quantcache\.(cli|render)", "a library neither reads arguments nor prints"),
+    (r"(?!cli$|verbs\b).*", r"argparse|quantcache\.(cli|verbs|render)", "a library neither reads arguments nor prints"),
     (r".*", r"pickle|marshal|shelve|dill|torch", "loading executes nothing that is in a file"),
 ]  # fmt: skip
 

@@ -229,13 +229,10 @@ class Index:
         """Return the rows whose key starts so."""
         return [EntryRow(*row) for row in self._read("entries", "WHERE key >= ? AND key < ?", (prefix, f"{prefix}g"))]
 
-    def related(self, source_digest: str, source_path: str, recipe: str, limit: int) -> list[str]:
-        """Return keys of entries with the same source, path or recipe, the most alike and recent first."""
-        rest = (
-            "WHERE source_digest = ?1 OR source_path = ?2 OR recipe = ?3"
-            " ORDER BY (source_digest = ?1) * 4 + (source_path = ?2) * 2 + (recipe = ?3) DESC, used_s DESC LIMIT ?4"
-        )
-        return [row[0] for row in self._read("entries", rest, (source_digest, source_path, recipe, limit))]
+    def related(self, source_digest: str, limit: int) -> list[str]:
+        """Return keys of entries, those of a source first, then by use."""
+        rest = "ORDER BY source_digest = ? DESC, used_s DESC LIMIT ?"
+        return [row[0] for row in self._read("entries", rest, (source_digest, limit))]
 
     def count_and_nbytes(self) -> tuple[int, int]:
         """Return the number of entries, and their bytes with those of the files beside them that are none."""

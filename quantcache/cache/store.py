@@ -28,6 +28,7 @@ from typing import Any
 from quantcache.cache import policy as policies
 from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale, store_error
 from quantcache.cache.container import Slot
+from quantcache.cache.explain import Explanation, explain
 from quantcache.cache.filesystem import PRIVATE, files_in, make_folders, prepare_root, sync_folder, tree_nbytes
 from quantcache.cache.index import EntryRow
 from quantcache.cache.key import CONTAINER_VERSION, Stamp, canonical, key_of
@@ -426,6 +427,17 @@ class Cache:
         if found:
             raise KeyNotFoundError(f"{len(found)} entries start with {key!r}", hint="give more digits of the key")
         raise KeyNotFoundError(f"no entry starts with {key!r}", hint="quantcache ls shows them")
+
+    def explain(self, document: Mapping[str, Any]) -> Explanation:
+        """Say whether a key document has an entry, and against the nearest one, factor by factor, why not."""
+        return explain(self, document)
+
+    def related(self, document: Mapping[str, Any], limit: int) -> list[str]:
+        """Return keys of the entries that are likely to be most like a key document's: the same source, then the latest."""
+        source = document.get("source")
+        digest = storable(source.get("digest", "")) if isinstance(source, Mapping) else ""
+        nothing: list[str] = []
+        return self.index.in_step(lambda index: index.related(digest, limit), nothing)
 
     def keys_of_model(self, path: Path) -> list[str]:
         """Return the keys that were built for a checkpoint's path."""

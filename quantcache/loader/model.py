@@ -32,7 +32,7 @@ from quantcache.errors import CacheError, QuantcacheWarning, StoreReadOnlyError,
 from quantcache.loader.changes import key_entry
 from quantcache.loader.changes import resolve as resolve_changes
 from quantcache.loader.lora import Alpha, open_adapter, paired
-from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads, source_digest
+from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads, known_digest
 from quantcache.loader.plan import Request, layer_key, native_names, plan
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source, open_checkpoint
@@ -367,7 +367,7 @@ def load(
     changes = resolve_changes(adapters, sources)
     store, own = _open_cache(cache, settings["mode"])
     entries = [  # a load without a store needs no key
-        key_entry(adapter, _digest(adapter.source, store, settings["threads"], seen_ns), changes)
+        key_entry(adapter, known_digest(adapter.source, store, settings["threads"] or default_threads(), seen_ns), changes)
         for adapter in adapters
         if store is not None
     ]
@@ -389,17 +389,6 @@ def load(
         if shard.entry is not None and store is not None:
             store.used(shard.entry, saved_s=float(shard.entry.header.built.get("seconds", 0.0)))
     return model
-
-
-def _digest(source: Source, cache: Cache, threads: int, seen_ns: int) -> str:
-    """Return the digest of a file: as it was recorded, if the file has not changed since."""
-    stamp = Stamp.of(source.file.stat)
-    found = cache.source_digest(stamp)
-    if found is None:
-        found = source_digest(source, threads or default_threads())
-        if not source.file.changed():
-            cache.record_source(stamp, found, source.path.resolve(), seen_ns)
-    return found
 
 
 def _open_cache(cache: Cache | str | os.PathLike[str] | None, mode: str) -> tuple[Cache | None, bool]:
@@ -469,7 +458,7 @@ def _look(
     source = shard.source
     found = found or cache.source_digest(stamp)
     if found is None and cache.knows(fingerprint(source.file.memory)):
-        found = _digest(source, cache, options.threads, seen_ns)
+        found = known_digest(source, cache, options.threads or default_threads(), seen_ns)
     if found is None or options.mode == "refresh":
         return found
     entry = cache.find(shard.request.key_document(found, source.file.nbytes, source.reading()))

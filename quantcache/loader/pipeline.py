@@ -33,7 +33,7 @@ from quantcache.quant import native
 from quantcache.quant.codec import Scratch, Status
 from quantcache.tensor import ITEMSIZE
 
-__all__ = ["Build", "Cancelled", "Pipeline", "Progress", "Target", "default_threads", "encode_tile", "source_digest", "write_whole"]
+__all__ = ["Build", "Cancelled", "Pipeline", "Progress", "Target", "default_threads", "encode_tile", "known_digest", "source_digest", "write_whole"]
 
 Array = NDArray[Any]
 #: Memory of a worker is about 12 MB: at most this many stay within the bound of 256 MiB.
@@ -95,6 +95,24 @@ def source_digest(source: Source, threads: int) -> str:
     starts = range(0, source.file.nbytes, CHUNK)
     with ThreadPoolExecutor(threads) as pool:
         return combine(list(pool.map(lambda start: _chunk_digest(source, start), starts)), source.file.nbytes)
+
+
+def known_digest(source: Source, cache: Cache, threads: int, seen_ns: int) -> str:
+    """Return the digest of a file: as it was recorded, if the file has not changed since.
+
+    Args:
+        source: the file.
+        cache: where digests are recorded.
+        threads: for a digest that has to be taken.
+        seen_ns: when the file was opened, since the epoch.
+    """
+    stamp = Stamp.of(source.file.stat)
+    found = cache.source_digest(stamp)
+    if found is None:
+        found = source_digest(source, threads)
+        if not source.file.changed():
+            cache.record_source(stamp, found, source.path.resolve(), seen_ns)
+    return found
 
 
 def _chunk_digest(source: Source, start: int) -> bytes:
