@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -257,17 +257,29 @@ class Index:
             self._db.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in keys])
 
     def note(self, uses: Mapping[str, int], amounts: Mapping[str, float], at_s: float) -> bool:
-        """Record hits (entry -> how many) and add to counters, unless somebody else is writing: nobody waits for that.
+        """Record hits (entry -> how many) and add to counters, unless somebody else is writing.
 
         Returns:
             Whether it was recorded.
+        """
+
+        def write() -> None:
+            self._change("used_s = max(used_s, ?), hits = hits + ?", [((at_s, hits), key) for key, hits in uses.items()])
+            self._count(amounts)
+
+        return self._unless_busy(write)
+
+    def _unless_busy(self, write: Callable[[], None]) -> bool:
+        """Write in a transaction, unless somebody else is writing: a hit waits for nobody.
+
+        Returns:
+            Whether it was written.
         """
         with self._lock:
             self._db.execute("PRAGMA busy_timeout=0")
             try:
                 with self._transaction():
-                    self._change("used_s = max(used_s, ?), hits = hits + ?", [((at_s, hits), key) for key, hits in uses.items()])
-                    self._count(amounts)
+                    write()
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                     return False
@@ -323,16 +335,21 @@ class Index:
         return str(row[6]) if row and stamp.settled(row[5]) else None
 
     def put_source(self, stamp: Stamp, digest: str, path: str, seen_ns: int) -> None:
-        """Record a file's digest, and when the file was last looked at before it was read."""
-        with self._transaction():
-            values = _signed(stamp.device), _signed(stamp.inode), stamp.size, stamp.mtime_ns, stamp.ctime_ns, seen_ns, digest, path
-            self._put("sources", [values])
+        """Record a file's digest, and when the file was last looked at before it was read; not if somebody else is writing."""
+        values = _signed(stamp.device), _signed(stamp.inode), stamp.size, stamp.mtime_ns, stamp.ctime_ns, seen_ns, digest, path
+        self._unless_busy(lambda: self._put("sources", [values]))
 
     def put_model(self, path: str, recipe: str, keys: list[str]) -> None:
-        """Record which entries make up a checkpoint."""
-        with self._transaction():
+        """Record which entries make up a checkpoint; not if that is known, or somebody else is writing."""
+        rows = [(path, recipe, position, key) for position, key in enumerate(keys)]
+        if self._read("models", "WHERE path = ? AND recipe = ? ORDER BY position", (path, recipe)) == rows:
+            return
+
+        def write() -> None:
             self._db.execute("DELETE FROM models WHERE path = ? AND recipe = ?", (path, recipe))
-            self._put("models", [(path, recipe, position, key) for position, key in enumerate(keys)])
+            self._put("models", rows)
+
+        self._unless_busy(write)
 
     def model_keys(self, path: str) -> list[str]:
         """Return the entries of a checkpoint, whatever the recipe."""
