@@ -192,12 +192,12 @@ def parse_header(head: bytes, file_nbytes: int) -> EntryHeader:
         metadata = header.pop("__metadata__")
         own = json.loads(metadata["quantcache"])
         stated = metadata["quantcache.header"]
-        if own["container"] > CONTAINER_VERSION:
-            raise StoreTooNewError(f"container version {own['container']}, this program reads {CONTAINER_VERSION}")
         field = b'"quantcache.header":"%s"'
         zeroed = head[: 8 + length].replace(field % stated.encode(), field % _ZEROS.encode(), 1)
         if digest(zeroed).hex() != stated:
             raise CorruptEntryError("the header is not the one that was written")
+        if own["container"] > CONTAINER_VERSION:  # not before: a flipped bit would pass for a newer version
+            raise StoreTooNewError(f"container version {own['container']}, this program reads {CONTAINER_VERSION}")
         slots, offsets, digests = {}, {}, {}
         position = 0
         for key, entry in header.items():

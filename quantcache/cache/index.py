@@ -388,7 +388,7 @@ class Index:
                     return "its schema is not the one that was written"
                 for table in _COLUMNS:
                     self._read(table)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, ValueError) as error:  # a text that is no UTF-8 any more
                 return str(error)
         return None
 

@@ -104,6 +104,7 @@ def verify(
         UsageError: the subset cannot be meant.
     """
     start = time.monotonic()
+    damage = cache.index.check() if keys is None else None  # before a query finds it, and makes the index anew
     rows = {row.key: row for row in cache.rows()}  # as they are: a row without a file is a finding
     files = {path.stem for path in cache.entry_files()}
     wanted = sorted(files if keys is None else set(keys), key=lambda key: (rows[key].checked_s if key in rows else 0.0, key))
@@ -130,6 +131,8 @@ def verify(
         finally:  # Ctrl-C, too
             cache.checked(right)
     if keys is None:
+        if damage:
+            done.findings.append(Finding("index", f"{damage}; it is rebuilt when it is needed", damaged=False))
         done.findings += _around(cache, rows, files)
     return done
 
@@ -173,12 +176,8 @@ def _look(cache: Cache, key: str, pool: ThreadPoolExecutor, *, quick: bool) -> F
 
 
 def _around(cache: Cache, rows: dict[str, EntryRow], files: set[str]) -> list[Finding]:
-    """Return what is wrong with the index, the pins, and what lies among the entries."""
-    found = []
-    problem = cache.index.check()
-    if problem:
-        found.append(Finding("index", f"{problem}; it is rebuilt when it is needed", damaged=False))
-    found += [Finding(key, "in the index, but there is no file", damaged=False) for key in sorted(rows.keys() - files)]
+    """Return what is wrong with rows, pins, and what lies among the entries."""
+    found = [Finding(key, "in the index, but there is no file", damaged=False) for key in sorted(rows.keys() - files)]
     found += [Finding(key, "pinned, but there is no file", damaged=False) for key in sorted(cache.pinned() - files)]
     pins = [path.name for path in files_in(cache.folder / "pins")]
     found += [Finding(f"pins/{name}", "is no key", damaged=False) for name in pins if not KEY.fullmatch(name)]

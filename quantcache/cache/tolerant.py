@@ -231,10 +231,11 @@ class TolerantIndex:
             if not os.path.exists(self._path):
                 return None
             try:
-                index = Index(self._path, readonly=True)
+                # not past the log of another process that is writing: half of what it does would look like damage
+                index = Index(self._path, readonly=self._readonly)
             except StoreTooNewError as error:
                 return error.message
-            except (sqlite3.Error, OSError) as error:
+            except (sqlite3.Error, OSError, ValueError) as error:
                 return str(error)
             try:
                 return index.check()
