@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from quantcache.cache import container
 from quantcache.cache.blobs import StoredEntry
 from quantcache.cache.container import (
     ALIGNMENT,
@@ -102,13 +103,17 @@ def test_length_of_the_file_is_exact(store: Cache, put: Callable[..., StoredEntr
         parse_header(bytes(entry.memory), entry.header.nbytes + by)
 
 
-def test_newer_container() -> None:
-    """A newer version is said to be newer, not to be damaged."""
-    head = build_header([], {}, document={}, records=[], built={})
-    newer = head.replace(b'\\"container\\":%d' % CONTAINER_VERSION, b'\\"container\\":%d' % (CONTAINER_VERSION + 1))
-    assert newer != head
+def test_newer_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer version is said to be newer, not to be damaged; a bit that is flipped there is damage."""
+    monkeypatch.setattr(container, "CONTAINER_VERSION", CONTAINER_VERSION + 2)
+    newer = build_header([], {}, document={}, records=[], built={})
+    monkeypatch.undo()
     with pytest.raises(StoreTooNewError):
         parse_header(newer, len(newer))
+    flipped = newer.replace(b'\\"container\\":%d' % (CONTAINER_VERSION + 2), b'\\"container\\":%d' % (CONTAINER_VERSION + 6))
+    assert flipped != newer
+    with pytest.raises(CorruptEntryError):
+        parse_header(flipped, len(flipped))
 
 
 def test_library_opens_an_entry(
