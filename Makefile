@@ -46,6 +46,7 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/bench_kernels.py --json bench-results/kernels.json
 	$(BIN)/python benchmarks/bench_gguf.py --json bench-results/gguf.json
 	$(BIN)/python benchmarks/bench_lora.py --json bench-results/lora.json
+	$(BIN)/python benchmarks/bench_store.py --json bench-results/store.json
 	$(BIN)/python benchmarks/bench_end_to_end.py --json bench-results/end-to-end.json
 
 lint: $(VENV)/installed-lint

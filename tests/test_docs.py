@@ -162,3 +162,19 @@ def test_every_error_is_documented() -> None:
     assert set(rows) == set(errors.__all__)
     for name, code in rows.items():
         assert code == str(getattr(getattr(errors, name), "exit_code", "-")), name
+
+
+@pytest.mark.parametrize("test", re.findall(r"`(tests/[^`]+)`", (DOCS / "promises.md").read_text()))
+def test_promises_name_tests(test: str) -> None:
+    """Every test that promises.md names is there."""
+    path, _, name = test.partition("::")
+    assert (REPOSITORY / path).exists(), path
+    if name:
+        assert f"def {name}(" in (REPOSITORY / path).read_text(), test
+
+
+def test_every_promise_is_shown() -> None:
+    """The fifteen promises each name a test."""
+    parts = re.split(r"^## (?=\d+\.)", (DOCS / "promises.md").read_text(), flags=re.MULTILINE)[1:]
+    assert [int(part.split(".")[0]) for part in parts] == list(range(1, 16))
+    assert all("Shown by `tests/" in part for part in parts)

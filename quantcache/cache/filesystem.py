@@ -195,12 +195,18 @@ def freed_nbytes(paths: Iterable[Path]) -> int:
         names[inode] = names.get(inode, 0) + 1
         found[inode] = path, stats
     total = 0
+    reflinks: dict[int, bool] = {}  # by device: a map of extents costs an open, and most file systems share no blocks
     for inode, (path, stats) in found.items():
-        if names[inode] >= stats.st_nlink:
-            total += max(0, getattr(stats, "st_blocks", -(-stats.st_size // 512)) * 512 - _reflinked_nbytes(path))
+        if names[inode] < stats.st_nlink:
+            continue
+        if stats.st_dev not in reflinks:
+            reflinks[stats.st_dev] = filesystem_type(path) in _REFLINKS
+        shared = _reflinked_nbytes(path) if reflinks[stats.st_dev] else 0
+        total += max(0, getattr(stats, "st_blocks", -(-stats.st_size // 512)) * 512 - shared)
     return total
 
 
+_REFLINKS = ("btrfs", "xfs", "bcachefs", "ocfs2", "f2fs", "nfs4", "cifs", "smb3", "")
 _FIEMAP, _EXTENT_SHARED, _EXTENT_LAST, _EXTENTS = 0xC020660B, 0x2000, 0x1, 256
 
 
