@@ -178,17 +178,17 @@ def tree_nbytes(folder: Path) -> int:
     return total
 
 
-def freed_nbytes(paths: Iterable[Path]) -> int:
+def freed_nbytes(paths: Iterable[str | Path]) -> int:
     """Return the bytes of the disk that come free if files are deleted.
 
     Holes are none; a file with a name elsewhere (a hard link) frees nothing, nor do blocks that another file shares (a
     reflink); several names of one file count once.
     """
     names: dict[tuple[int, int], int] = {}
-    found: dict[tuple[int, int], tuple[Path, os.stat_result]] = {}
+    found: dict[tuple[int, int], tuple[str | Path, os.stat_result]] = {}
     for path in paths:
         try:
-            stats = path.stat(follow_symlinks=False)
+            stats = os.lstat(path)
         except OSError:
             continue
         inode = stats.st_dev, stats.st_ino
@@ -200,7 +200,7 @@ def freed_nbytes(paths: Iterable[Path]) -> int:
         if names[inode] < stats.st_nlink:
             continue
         if stats.st_dev not in reflinks:
-            reflinks[stats.st_dev] = filesystem_type(path) in _REFLINKS
+            reflinks[stats.st_dev] = filesystem_type(Path(path)) in _REFLINKS
         shared = _reflinked_nbytes(path) if reflinks[stats.st_dev] else 0
         total += max(0, getattr(stats, "st_blocks", -(-stats.st_size // 512)) * 512 - shared)
     return total
@@ -210,7 +210,7 @@ _REFLINKS = ("btrfs", "xfs", "bcachefs", "ocfs2", "f2fs", "nfs4", "cifs", "smb3"
 _FIEMAP, _EXTENT_SHARED, _EXTENT_LAST, _EXTENTS = 0xC020660B, 0x2000, 0x1, 256
 
 
-def _reflinked_nbytes(path: Path) -> int:
+def _reflinked_nbytes(path: str | Path) -> int:
     """Return the bytes whose blocks another file shares, as the file system's map of extents tells; 0 if it has none."""
     head = struct.Struct("=QQLLLL")  # start, length, flags, extents mapped, room for extents, reserved
     extent = struct.Struct("=QQQQQLLLL")  # logical, physical, length, 2 reserved, flags, 3 reserved

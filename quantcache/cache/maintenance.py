@@ -300,7 +300,7 @@ def remove(cache: Cache, rows: Sequence[EntryRow], *, dry_run: bool = False) -> 
 
 def _remove(cache: Cache, found: Pruned, rows: list[EntryRow], *, dry_run: bool) -> Pruned:
     """Remove entries, or say what that would free; what cannot be removed does not end it."""
-    paths = [cache.path_of(row.key) for row in rows]
+    paths = [cache.file_of(row.key) for row in rows]
     if dry_run:
         found.entries = rows
         found.freed += freed_nbytes(paths)
