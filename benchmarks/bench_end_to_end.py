@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Row, alternate, arguments, median, table, write_json
+from common import Row, alternate, arguments, median, peak_anonymous, table, write_json
 from safetensors.numpy import load_file, save_file
 
 import quantcache as qc
@@ -91,24 +90,8 @@ def bitsandbytes_load(path: Path, quant: str) -> None:
             bnb.int8_vectorwise_quant(tensor)
 
 
-def peak_anonymous(path: Path, cache: Path, quant: str) -> int:
-    """Return the extra anonymous memory of a miss, in bytes, measured in a process of its own."""
-    code = (
-        "import sys, threading, time, quantcache as qc, numpy\n"
-        "from quantcache.quant.codec import codec_ids; codec_ids()\n"
-        "def anonymous():\n"
-        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) * 1024\n"
-        "before, peak, stop = anonymous(), [0], []\n"
-        "def watch():\n"
-        "    while not stop: peak[0] = max(peak[0], anonymous()); time.sleep(0.002)\n"
-        "thread = threading.Thread(target=watch); thread.start()\n"
-        "with qc.load(sys.argv[1], quant=sys.argv[3], cache=sys.argv[2]) as model:\n"
-        "    for name in model: model[name]\n"
-        "stop.append(1); thread.join(); print(peak[0] - before)\n"
-    )
-    shutil.rmtree(cache, ignore_errors=True)
-    done = subprocess.run([sys.executable, "-c", code, str(path), str(cache), quant], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+#: takes every tensor
+MISS = "with qc.load(sys.argv[1], quant=sys.argv[3], cache=sys.argv[2]) as model: [model[name] for name in model]"
 
 
 def main() -> None:
@@ -152,7 +135,8 @@ def main() -> None:
                     print(f"peer left out: {error}")
             seconds = alternate(rows, options.rounds, prepare=lambda fresh=fresh: shutil.rmtree(fresh, ignore_errors=True))
             base = median(seconds["hit, digests checked"])
-            peak = peak_anonymous(path, fresh, quant) if Path("/proc/self/status").exists() else 0
+            shutil.rmtree(fresh, ignore_errors=True)
+            peak = peak_anonymous(MISS, path, fresh, quant) if Path("/proc/self/status").exists() else 0
             lines = [(row.name, median(seconds[row.name]) * 1e3, median(seconds[row.name]) / base) for row in rows]
             size = f"{nbytes / 1e6:.0f} MB -> {entry.stat().st_size / 1e6:.0f} MB"
             table(f"{quant}, {size}, extra memory of a miss {peak / 1e6:.0f} MB", ("load", "ms", "times a hit"), lines)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,13 +19,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_end_to_end import make_model
-from common import Row, alternate, arguments, median, table, write_json
+from common import Row, alternate, arguments, median, peak_anonymous, table, write_json
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import quantcache as qc
 
 RANK, ALPHA = 64, 32
+MERGING_MISS = "with qc.load(sys.argv[1], lora=[sys.argv[3]], cache=sys.argv[2]) as model: model.finish()"
 
 
 def make_adapter(model: Path, folder: Path) -> None:
@@ -68,25 +68,6 @@ def torch_merge(model: Path, adapter: Path) -> None:
                 weights[name] = (weight.float() + (up @ down) * (ALPHA / RANK)).half()
 
 
-def peak_anonymous(model: Path, store: Path, adapter: Path) -> int:
-    """Return the extra anonymous memory of a miss that merges, in bytes, in a process of its own."""
-    code = (
-        "import sys, threading, time, quantcache as qc\n"
-        "from quantcache.quant.codec import codec_ids; codec_ids()\n"
-        "def anonymous():\n"
-        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) * 1024\n"
-        "before, peak, stop = anonymous(), [0], []\n"
-        "def watch():\n"
-        "    while not stop: peak[0] = max(peak[0], anonymous()); time.sleep(0.002)\n"
-        "thread = threading.Thread(target=watch); thread.start()\n"
-        "with qc.load(sys.argv[1], lora=[sys.argv[3]], cache=sys.argv[2]) as model: model.finish()\n"
-        "stop.append(1); thread.join(); print(peak[0] - before)\n"
-    )
-    shutil.rmtree(store, ignore_errors=True)
-    command = [sys.executable, "-c", code, str(model), str(store), str(adapter)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 def main() -> None:
     """Run."""
     options = arguments(__doc__ or "")
@@ -114,7 +95,8 @@ def main() -> None:
             plain = median(seconds[f"{row.name.split()[0]} miss"]) if row.name.endswith("merged") else None
             lines.append((row.name, took * 1e3, "" if plain is None else f"{took / plain:.2f}x the plain miss"))
             figures[row.name] = {"seconds": took, "of the plain miss": None if plain is None else took / plain}
-        extra = peak_anonymous(model, store, adapter)
+        shutil.rmtree(store, ignore_errors=True)
+        extra = peak_anonymous(MERGING_MISS, model, store, adapter)
         figures["extra anonymous memory of a merging miss"] = extra
         lines.append(("extra anonymous memory, merging, MB", extra / 1e6, ""))
     table(f"Merging rank {RANK} into {nbytes / 1e9:.2f} GB of float16", ("what", "ms", ""), lines)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -72,6 +73,29 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small inputs, to see that it runs")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     return parser.parse_args()
+
+
+def peak_anonymous(statement: str, *arguments: object) -> int:
+    """Return the extra anonymous memory that a statement takes, in bytes, in a process of its own.
+
+    Args:
+        statement: Python, after `import sys, quantcache as qc, numpy`.
+        arguments: its sys.argv[1:].
+    """
+    code = (
+        "import sys, threading, time, quantcache as qc, numpy\n"
+        "from quantcache.quant.codec import codec_ids; codec_ids()\n"
+        "def anonymous():\n"
+        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) * 1024\n"
+        "before, peak, stop = anonymous(), [0], []\n"
+        "def watch():\n"
+        "    while not stop: peak[0] = max(peak[0], anonymous()); time.sleep(0.002)\n"
+        "thread = threading.Thread(target=watch); thread.start()\n"
+        f"{statement}\n"
+        "stop.append(1); thread.join(); print(peak[0] - before)\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def table(title: str, header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from quantcache.errors import CodecError, UsageError
 
-__all__ = ["BLOCKS", "ITEMSIZE", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype"]
+__all__ = ["BLOCKS", "ITEMSIZE", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype", "output_for"]
 
 #: Bytes per element of every safetensors element type that is whole bytes.
 ITEMSIZE: Mapping[str, int] = {
@@ -96,6 +96,26 @@ def float_dtype(dtype: DTypeLike) -> str:
     if name not in {"F32", "F16", "BF16"}:
         raise UsageError(f"weights are decoded to float32, float16 or bfloat16, not {np.dtype(dtype)}")
     return name
+
+
+def output_for(shape: tuple[int, ...], dtype: str, out: NDArray[Any] | None) -> NDArray[Any]:
+    """Return the array to decode weights into: a new one, or the given one if they fit it.
+
+    Args:
+        shape: of the weights.
+        dtype: their element type.
+        out: given by the caller, or None.
+
+    Raises:
+        UsageError: `out` has another shape or type, or is not contiguous and writable.
+    """
+    if out is None:
+        return np.empty(shape, array_dtype(dtype))
+    if out.shape != shape or out.dtype != array_dtype(dtype):
+        raise UsageError(f"out is {out.dtype} {out.shape}, the weights are {array_dtype(dtype)} {shape}")
+    if not (out.flags.c_contiguous and out.flags.writeable):
+        raise UsageError("out must be C-contiguous and writable")
+    return out
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantcache.errors import CodecError, UsageError
+from quantcache.errors import CodecError
 from quantcache.quant import native
 from quantcache.quant.codec import Status, import_codecs
 from quantcache.quant.floats import from_f32
-from quantcache.tensor import BLOCKS, array_dtype
+from quantcache.tensor import BLOCKS, output_for
 
 __all__ = [
     "VERSION",
@@ -165,12 +165,7 @@ def dequantize(
         CodecError: the type is unknown, or the blocks are not those of this shape.
         UsageError: `out` has another shape or type, or is not contiguous and writable.
     """
-    if out is None:
-        out = np.empty(shape, array_dtype(dtype))
-    elif out.shape != shape or out.dtype != array_dtype(dtype):
-        raise UsageError(f"out is {out.dtype} {out.shape}, the weights are {array_dtype(dtype)} {shape}")
-    elif not (out.flags.c_contiguous and out.flags.writeable):
-        raise UsageError("out must be C-contiguous and writable")
+    out = output_for(shape, dtype, out)
     if math.prod(shape):
         decode(name, parts["blocks"], out, dtype)
     return out

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import CodecError, UsageError
-from quantcache.tensor import ITEMSIZE, array_dtype
+from quantcache.tensor import ITEMSIZE, array_dtype, output_for
 
 __all__ = ["Codec", "Encoder", "Part", "Scratch", "Status", "codec", "codec_ids", "import_codecs", "quantize", "register"]
 
@@ -167,12 +167,7 @@ class Codec(ABC):
             CodecError: the parts are not those of a tensor of this shape.
         """
         self._check_parts(parts, shape)
-        if out is None:
-            out = np.empty(shape, array_dtype(dtype))
-        elif out.shape != shape or out.dtype != array_dtype(dtype):
-            raise UsageError(f"out is {out.dtype} {out.shape}, the weights are {array_dtype(dtype)} {shape}")
-        elif not (out.flags.c_contiguous and out.flags.writeable):
-            raise UsageError("out must be C-contiguous and writable")
+        out = output_for(shape, dtype, out)
         self.dequantize_into(parts, out, dtype)
         return out
 
