@@ -256,8 +256,8 @@ class Index:
         with self._transaction():
             self._db.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in keys])
 
-    def note(self, uses: Mapping[str, int], amounts: Mapping[str, float], at_s: float) -> bool:
-        """Record hits (entry -> how many) and add to counters, unless somebody else is writing.
+    def note(self, uses: Mapping[str, int], amounts: Mapping[str, float], at_s: float, *, patience_s: float = 0.0) -> bool:
+        """Record hits (entry -> how many) and add to counters, unless somebody else is writing for longer than one has patience.
 
         Returns:
             Whether it was recorded.
@@ -267,16 +267,16 @@ class Index:
             self._change("used_s = max(used_s, ?), hits = hits + ?", [((at_s, hits), key) for key, hits in uses.items()])
             self._count(amounts)
 
-        return self._unless_busy(write)
+        return self._unless_busy(write, patience_s)
 
-    def _unless_busy(self, write: Callable[[], None]) -> bool:
+    def _unless_busy(self, write: Callable[[], None], patience_s: float = 0.0) -> bool:
         """Write in a transaction, unless somebody else is writing: a hit waits for nobody.
 
         Returns:
             Whether it was written.
         """
         with self._lock:
-            self._db.execute("PRAGMA busy_timeout=0")
+            self._db.execute(f"PRAGMA busy_timeout={int(patience_s * 1000)}")
             try:
                 with self._transaction():
                     write()

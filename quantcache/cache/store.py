@@ -49,6 +49,7 @@ from quantcache.errors import (
 __all__ = ["Cache"]
 
 _USE_INTERVAL_S = 60.0
+_CLOSING_PATIENCE_S = 0.25
 _FOLDERS = ("", "entries", "pins", "tmp", "quarantine", "locks")
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Written by quantcache: backups may leave this folder out.\n"
 
@@ -203,12 +204,14 @@ class Cache:
         for name, amount in amounts.items():
             self._counts[name] = self._counts.get(name, 0.0) + amount
 
-    def flush(self) -> None:
+    def flush(self, *, patience_s: float = 0.0) -> None:
         """Write what was noted, unless another process is writing: then it is noted still. Nothing in a read-only store."""
         with self._lock:
             uses, counts = self._pending, self._counts
-            if (uses or counts) and not self.readonly and not self.index.call(lambda index: index.note(uses, counts, time.time()), True):
-                return
+            if (uses or counts) and not self.readonly:
+                write = lambda index: index.note(uses, counts, time.time(), patience_s=patience_s)  # noqa: E731
+                if not self.index.call(write, True):
+                    return
             self._pending, self._counts = {}, {}
 
     # ---- sources ----
@@ -539,8 +542,8 @@ class Cache:
         return {name: found.get(name, 0.0) for name in names}
 
     def close(self) -> None:
-        """Write what was noted and close the index."""
-        self.flush()
+        """Write what was noted, for which another process's short write may be waited for, and close the index."""
+        self.flush(patience_s=_CLOSING_PATIENCE_S)
         self.index.close()
 
     def __enter__(self) -> Cache:
