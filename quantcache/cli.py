@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failure or findings, 2 usage, 3 partly done, 4 not found, 10 no cache, 11 lock
         timeout, 12 store too new, 13 read-only, 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name in a file system may be no text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     output = Output(as_json=False, quiet=False, progress=False, color=False)
     try:
@@ -93,6 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output.document(error={"kind": type(error).__name__, "message": str(error), "hint": error.hint})
         output.problem("error", str(error), error.hint)
         return error.exit_code
+    except OSError as error:
+        if getattr(options, "verbose", False):
+            traceback.print_exc()
+        if output.as_json:
+            output.document(error={"kind": type(error).__name__, "message": str(error), "hint": None})
+        output.problem("error", str(error))
+        return 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -77,7 +78,7 @@ class StagedEntry:
         self.offsets = {key: self._header_nbytes + offset for key, offset in offsets.items()}
         self._end = self._header_nbytes + data_nbytes
         self._rearrange = False
-        self._path = folder / f"{os.getpid()}-{secrets.token_hex(8)}.tmp"
+        self._path = _temp_path(folder)
         self._maps: dict[str, memoryview] = {}
         try:
             self._descriptor = _create(self._path, access)
@@ -195,7 +196,7 @@ class StagedEntry:
     def _rewrite(self, header: bytes) -> bytes:
         """Copy the tensors to where they belong, into a second file that takes this one's place."""
         offsets, data_nbytes = arrange(self.slots.values())
-        path = self._path.with_name(f"{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        path = _temp_path(self._path.parent)
         descriptor = _create(path, self._access)
         try:
             allocate(descriptor, len(header) + data_nbytes)
@@ -230,6 +231,17 @@ class StagedEntry:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+#: names of the files that this process stages: a number of a process does not tell them from those of a dead one
+_MINE: set[str] = set()
+
+
+def _temp_path(folder: Path) -> Path:
+    """Return a new name for a staged file of this process."""
+    name = f"{os.getpid()}-{secrets.token_hex(8)}.tmp"
+    _MINE.add(name)
+    return folder / name
 
 
 def _create(path: Path, access: Access) -> int:
@@ -282,7 +294,8 @@ class StoredEntry:
     def __init__(self, key: str, path: Path, *, shared: bool = False) -> None:
         self.key, self.path = key, path
         try:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0))
+            flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+            descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a FIFO would wait for a writer
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -291,6 +304,8 @@ class StoredEntry:
             raise store_error(f"cannot open entry {key}", error) from error
         try:
             found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise CorruptEntryError(f"entry {key} is no regular file")
             self._file = found.st_dev, found.st_ino
             if not shared and hasattr(os, "getuid") and found.st_uid not in (os.getuid(), 0):
                 raise CacheError(f"entry {key} belongs to user {found.st_uid}", hint="remove it, or use --shared")
@@ -382,6 +397,8 @@ def remove_stale_locks(folder: Path) -> None:
 
 
 def _abandoned(descriptor: int, path: Path, mtime_s: float) -> bool:
+    if path.name in _MINE:
+        return False
     if fcntl:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -392,8 +409,10 @@ def _abandoned(descriptor: int, path: Path, mtime_s: float) -> bool:
     if time.time() - mtime_s > _STALE_S:
         return True
     owner = path.name.partition("-")[0]
-    if not owner.isdigit() or int(owner) == os.getpid():
+    if not owner.isdigit():
         return False
+    if int(owner) == os.getpid():
+        return True  # a process of this number, but not this one: in containers all have the same
     try:
         os.kill(int(owner), 0)
     except ProcessLookupError:

@@ -48,18 +48,25 @@ def check_store(root: Path, *, shared: bool = False) -> Iterator[Check]:
         cache = Cache(root, create=False, shared=shared)
     except NoCacheError:
         yield Check("store", "ok", f"none yet in {root}", "quantcache warm PATH makes one")
+    except OSError as error:
+        yield Check("store", "fail", f"{root}: {error.strerror}", "choose another folder: --cache-dir or QUANTCACHE_DIR")
+        return
     except CacheError as error:
         yield Check("store", "fail", error.message, error.hint or "")
         return
     if cache is not None:
         with cache:
-            yield Check("store", "ok", f"{root}: {len(cache)} entries")
-            problem = cache.index.check()
+            problem = cache.index.check()  # before a query makes a damaged one anew
+            yield Check("store", "ok", f"{root}: {len(cache.entry_files())} entries")
             yield Check("index", "warn" if problem else "ok", problem or "sound", "quantcache repair" if problem else "")
-    place = next(path for path in (cache.folder if cache else root, *root.parents, Path(root.anchor or ".")) if path.exists())
+    place = next(path for path in (cache.folder if cache else root, *root.parents, Path(root.anchor or ".")) if os.path.exists(path))
     yield from _check_owner(place)
     if not os.access(place, os.W_OK):
-        yield Check("writing", "warn", f"{place} cannot be written: hits work, nothing is stored", "choose another folder: --cache-dir or QUANTCACHE_DIR")
+        hint = "choose another folder: --cache-dir or QUANTCACHE_DIR"
+        if cache:
+            yield Check("writing", "warn", f"{place} cannot be written: hits work, nothing is stored", hint)
+        else:
+            yield Check("writing", "fail", f"{place} cannot be written: no store can be made", hint)
     else:
         yield from _try_out(place)
     yield from _check_room(place, cache)

@@ -20,7 +20,7 @@ from quantcache.cache.filesystem import is_network
 from quantcache.cache.key import Stamp
 from quantcache.errors import StoreTooNewError, UsageError
 
-__all__ = ["SORTS", "EntryRow", "Index", "is_damage"]
+__all__ = ["SORTS", "EntryRow", "Index", "is_busy", "is_damage"]
 
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_MISMATCH)
 #: How long to wait for another process's write. What cannot be written is made up for from the files; nothing is worth more.
@@ -100,6 +100,11 @@ def is_damage(error: sqlite3.Error) -> bool:
     return (code is not None and code & 0xFF in _DAMAGE) or any(
         sign in text for sign in ("malformed", "no such", "has no column", "already exists", "unsupported file format")
     )
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Return whether an error means that another process is writing, and nothing else."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _seal(*values: Any) -> int:
@@ -281,7 +286,7 @@ class Index:
                 with self._transaction():
                     write()
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                if is_busy(error):
                     return False
                 raise
             finally:

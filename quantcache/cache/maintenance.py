@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +122,8 @@ def verify(
                     done.left += len(chosen) - position
                     break
                 finding = _look(cache, key, pool, quick=quick)
+                if finding and keys is None and not os.path.lexists(cache.file_of(key)):
+                    continue  # evicted meanwhile
                 done.checked.append(key)
                 if finding:
                     done.findings.append(finding)
@@ -177,13 +181,27 @@ def _look(cache: Cache, key: str, pool: ThreadPoolExecutor, *, quick: bool) -> F
 
 def _around(cache: Cache, rows: dict[str, EntryRow], files: set[str]) -> list[Finding]:
     """Return what is wrong with rows, pins, and what lies among the entries."""
-    found = [Finding(key, "in the index, but there is no file", damaged=False) for key in sorted(rows.keys() - files)]
-    found += [Finding(key, "pinned, but there is no file", damaged=False) for key in sorted(cache.pinned() - files)]
+    # what another process stored, or removed, since the files were listed is no finding
+    lost = [key for key in sorted(rows.keys() - files) if not os.path.lexists(cache.file_of(key))]
+    still = {row.key for row in cache.rows()} if lost else set()
+    found = [Finding(key, "in the index, but there is no file", damaged=False) for key in lost if key in still]
+    found += [Finding(key, "pinned, but there is no file", damaged=False) for key in sorted(cache.pinned() - files) if _is_gone(cache.file_of(key))]
     pins = [path.name for path in files_in(cache.folder / "pins")]
     found += [Finding(f"pins/{name}", "is no key", damaged=False) for name in pins if not KEY.fullmatch(name)]
     entries = cache.folder / "entries"
-    found += [Finding(f"entries/{path.relative_to(entries)}", "is called like no entry", damaged=False) for path in loose_files(cache.folder)]
+    found += [Finding(f"entries/{path.relative_to(entries)}", "is no entry", damaged=False) for path in loose_files(cache.folder)]
     return found
+
+
+def _is_gone(path: str) -> bool:
+    """Return whether there is no such file; what cannot be told is not gone."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 # ---- repair ----
@@ -206,15 +224,18 @@ def repair(cache: Cache, *, dry_run: bool = False, threads: int = 2) -> tuple[Ve
     removed = Pruned(files=remove_stale(cache.folder / "tmp", dry_run=dry_run))
     if dry_run:
         return done, removed, len(cache)
-    for finding in done.findings:
-        if finding.damaged and cache.path_of(finding.subject).exists():
-            cache.damaged(finding.subject, finding.problem)
+    kept = set()  # a pin outlives the damage of its entry: whoever builds that again wants it pinned
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for finding in done.findings:
+            # looked at once more: another process may have built it again since
+            if finding.damaged and (again := _look(cache, finding.subject, pool, quick=False)) and again.damaged:
+                cache.damaged(finding.subject, again.problem)
+                kept.add(finding.subject)
     for path in loose_files(cache.folder):
         quarantine(path, cache.folder / "quarantine")
-    present = {path.stem for path in cache.entry_files()}
     pins = cache.folder / "pins"
     for path in files_in(pins):
-        if path.name not in present:
+        if not KEY.fullmatch(path.name) or (path.name not in kept and _is_gone(cache.file_of(path.name))):
             with contextlib.suppress(OSError):
                 path.unlink()
     sync_folder(pins)
@@ -251,38 +272,59 @@ def prune(
     """
     if cache.readonly and not dry_run:
         raise StoreReadOnlyError(f"the store {cache.root} is read-only")
-    pinned, found = cache.pinned(), Pruned(files=remove_stale(cache.folder / "tmp", dry_run=dry_run))
+    pinned, found = cache.pinned(), Pruned()
+    stale = remove_stale(cache.folder / "tmp", dry_run=True)
+    found.freed = freed_nbytes(path for path, _ in stale)
+    found.files = stale if dry_run else remove_stale(cache.folder / "tmp")
     if not dry_run:
         remove_stale_locks(cache.folder / "locks")
     if orphans:
-        for path in [*files_in(cache.folder / "quarantine"), *loose_files(cache.folder)]:
-            with contextlib.suppress(OSError):
-                nbytes, freed = path.stat(follow_symlinks=False).st_size, freed_nbytes([path])
-                if not dry_run:
-                    path.unlink()
-                found.files.append((path, nbytes))
-                found.freed += freed
+        _remove_files(found, [*files_in(cache.folder / "quarantine"), *loose_files(cache.folder)], dry_run=dry_run)
     rows = cache.entries()
     chosen: dict[str, EntryRow] = {}
     if max_age_s is not None or stale_source:
         for row in rows:
             old = max_age_s is not None and time.time() - row.used_s > max_age_s
-            gone = stale_source and bool(row.source_path) and not Path(row.source_path).exists()
+            gone = stale_source and bool(row.source_path) and _is_gone(_source_path(cache, row))
             if (old or gone) and row.key not in pinned:
                 chosen[row.key] = row
     if max_size is None and max_age_s is None and keep_free is None and not stale_source and not orphans:
         max_size, keep_free = cache.max_size, cache.keep_free
     if max_size is not None or keep_free is not None:
-        over = cache.over_limits(
-            0, max_size=1 << 62 if max_size is None else max_size, keep_free="0" if keep_free is None else parse_share(keep_free)
-        )
+        size, share = 1 << 62 if max_size is None else max_size, "0" if keep_free is None else parse_share(keep_free)
+        over = cache.over_limits(0, max_size=size, keep_free=share)
         if dry_run:
             over -= sum(nbytes for _, nbytes in found.files)
+        if over > 0 and not orphans:  # what nobody can use goes before what somebody may
+            before = found.nbytes
+            _remove_files(found, [*files_in(cache.folder / "quarantine"), *loose_files(cache.folder)], dry_run=dry_run)
+            over -= found.nbytes - before
         short = over - sum(row.nbytes for row in chosen.values())
         left = [row for row in rows if row.key not in chosen]
         for row in policies.choose(left, short, cache.policy, pinned):
             chosen[row.key] = row
-    return _remove(cache, found, list(chosen.values()), dry_run=dry_run)
+    return _remove(cache, found, list(chosen.values()), dry_run=dry_run, spare_pinned=True)
+
+
+def _source_path(cache: Cache, row: EntryRow) -> str:
+    """Return the path of an entry's source; that of a name that is not UTF-8 stands in the entry only."""
+    if "\\" in row.source_path:
+        with contextlib.suppress(CacheError):
+            return str(cache.open(row.key).header.built.get("path", row.source_path))
+    return row.source_path
+
+
+def _remove_files(found: Pruned, paths: Iterable[Path], *, dry_run: bool) -> None:
+    """Remove files, and folders with all that is in them, that are no entries."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            is_folder = path.is_dir() and not path.is_symlink()
+            inner = [file for file in path.rglob("*") if file.is_file()] if is_folder else [path]
+            nbytes, freed = sum(os.lstat(file).st_size for file in inner), freed_nbytes(inner)
+            if not dry_run:
+                shutil.rmtree(path) if is_folder else path.unlink()
+            found.files.append((path, nbytes))
+            found.freed += freed
 
 
 def remove(cache: Cache, rows: Sequence[EntryRow], *, dry_run: bool = False) -> Pruned:
@@ -298,7 +340,7 @@ def remove(cache: Cache, rows: Sequence[EntryRow], *, dry_run: bool = False) -> 
     return found
 
 
-def _remove(cache: Cache, found: Pruned, rows: list[EntryRow], *, dry_run: bool) -> Pruned:
+def _remove(cache: Cache, found: Pruned, rows: list[EntryRow], *, dry_run: bool, spare_pinned: bool = False) -> Pruned:
     """Remove entries, or say what that would free; what cannot be removed does not end it."""
     paths = [cache.file_of(row.key) for row in rows]
     if dry_run:
@@ -309,6 +351,9 @@ def _remove(cache: Cache, found: Pruned, rows: list[EntryRow], *, dry_run: bool)
     gone = []
     freed = freed_nbytes(paths)
     for row, path in zip(rows, paths, strict=True):
+        if spare_pinned and cache.is_pinned(row.key):  # by now
+            freed -= freed_nbytes([path])
+            continue
         try:
             cache.remove(row.key)
         except CacheError as error:
@@ -343,7 +388,7 @@ def clear(cache: Cache, *, pinned_too: bool = False, dry_run: bool = False) -> P
                 found.freed += freed_nbytes([path])
                 if not dry_run:
                     path.unlink()
-    found = _remove(cache, found, rows, dry_run=dry_run)
+    found = _remove(cache, found, rows, dry_run=dry_run, spare_pinned=not pinned_too)
     if not dry_run and pinned_too:
         for row in found.entries:
             cache.drop_pin(row.key)

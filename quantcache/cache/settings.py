@@ -153,6 +153,8 @@ def resolve(flags: Mapping[str, Any] | None = None) -> dict[str, Setting]:
             resolved[name] = Setting(name, parse(raw), origin)
         except UsageError as error:
             raise UsageError(f"{origin}: {name}: {error.message}", hint=error.hint) from error
+        except RuntimeError as error:  # a home folder that is nobody's
+            raise UsageError(f"{origin}: {name}: {raw!r}: {error}") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{origin}: {name}: {raw!r} is not of the right type") from error
     return resolved

@@ -54,6 +54,11 @@ _FOLDERS = ("", "entries", "pins", "tmp", "quarantine", "locks")
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Written by quantcache: backups may leave this folder out.\n"
 
 
+def _unread(path: Path) -> EntryRow:
+    """Return what is known of an entry whose header cannot be read."""
+    return EntryRow(path.stem, os.lstat(path).st_size, "", "", 0, "", "", 0, 0.0, 0.0, 0, 0.0, 0.0)
+
+
 class Cache:
     """Keep built entries by key.
 
@@ -98,6 +103,12 @@ class Cache:
         self._complained = False
         self._pending: dict[str, int] = {}
         self._counts: dict[str, float] = {}
+        try:
+            os.stat(self.folder)
+        except PermissionError as error:
+            raise store_error(f"the store {self.root} may not be entered", error) from error
+        except OSError:
+            pass  # it is told below
         if not os.path.isdir(self.folder):
             try:
                 versions = [p.name for p in self.root.glob("v[0-9]*") if p.name[1:].isdigit()]
@@ -186,9 +197,10 @@ class Cache:
         moved = None if self.readonly else quarantine(self.path_of(key), self.folder / "quarantine")
         if moved:
             self.index.call(lambda index: index.remove([key]), None)
-        where = "moved to quarantine" if moved else "left where it is (read-only store)"
+        gone = not os.path.lexists(self.file_of(key))
+        where = "moved to quarantine" if moved else "is gone already" if gone else "left where it is (read-only store)"
         warnings.warn(f"damaged entry {key[:12]} {where}: {why}", QuantcacheWarning, stacklevel=3)
-        return moved is not None
+        return moved is not None or gone
 
     def used(self, entry: StoredEntry, *, saved_s: float) -> None:
         """Note a hit; written at most once a minute an entry, the rest when the cache is closed."""
@@ -305,6 +317,8 @@ class Cache:
                     with contextlib.suppress(OSError):
                         path.unlink()
                 for row in chosen:
+                    if self.is_pinned(row.key):  # by now
+                        continue
                     self.remove(row.key)
                     self.tally(evicted=1, bytes_evicted=row.nbytes)
                 short = self.over_limits(nbytes)
@@ -429,6 +443,8 @@ class Cache:
         prefix = key.lower()
         asked = bool(prefix) and all(digit in "0123456789abcdef" for digit in prefix)
         found = self.index.in_step(lambda index: index.entries_from(prefix), nothing) if asked else nothing
+        if not found and asked:  # a file that cannot be read as an entry has no row, and may be asked for all the same
+            found = [_unread(path) for path in self.entry_files() if path.stem.startswith(prefix)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -516,8 +532,28 @@ class Cache:
             (self.folder / "pins" / key).unlink(missing_ok=True)
 
     def pinned(self) -> set[str]:
-        """Return the keys of pinned entries."""
-        return {path.name for path in files_in(self.folder / "pins") if KEY.fullmatch(path.name)}
+        """Return the keys of pinned entries.
+
+        Raises:
+            CacheError: they cannot be told: nothing may be evicted then.
+        """
+        try:
+            names = os.listdir(self.folder / "pins")
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise store_error("cannot read which entries are pinned", error) from error
+        return {name for name in names if KEY.fullmatch(name)}
+
+    def is_pinned(self, key: str) -> bool:
+        """Return whether an entry is pinned, or may be: what cannot be told counts as pinned."""
+        try:
+            os.lstat(self.folder / "pins" / key)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return True
 
     def checked(self, keys: Iterable[str]) -> None:
         """Record that all digests of entries were checked and right."""

@@ -18,9 +18,9 @@ from typing import TypeVar
 
 from quantcache.cache.blobs import StoredEntry, quarantine
 from quantcache.cache.filesystem import PRIVATE, Access, files_in, locks_work
-from quantcache.cache.index import EntryRow, Index, is_damage
+from quantcache.cache.index import EntryRow, Index, is_busy, is_damage
 from quantcache.cache.key import RACY_NS
-from quantcache.errors import CacheError, StoreTooNewError
+from quantcache.errors import CacheError, CorruptEntryError, StoreTooNewError
 
 __all__ = ["KEY", "TolerantIndex", "entry_files", "loose_files", "row_of"]
 
@@ -41,15 +41,26 @@ def _shard_folders(folder: Path) -> list[Path]:
 
 
 def _listing(shard: Path) -> tuple[list[Path], list[Path]]:
-    """Return the entry files of one folder, and what else is in it."""
+    """Return the entry files of one folder, and what else is in it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     entries: list[Path] = []
     loose: list[Path] = []
-    with contextlib.suppress(OSError), os.scandir(shard) as found:
+    with os.scandir(shard) as found:
         for item in found:
             stem, suffix = os.path.splitext(item.name)
             named = suffix == _SUFFIX and KEY.fullmatch(stem) and stem.startswith(shard.name)
-            (entries if named else loose).append(Path(item.path))
+            (entries if named and item.is_file(follow_symlinks=False) else loose).append(Path(item.path))
     return sorted(entries), sorted(loose)
+
+
+def _tolerant_listing(shard: Path) -> tuple[list[Path], list[Path]]:
+    try:
+        return _listing(shard)
+    except OSError:
+        return [], []
 
 
 def entry_files(folder: Path) -> list[Path]:
@@ -58,7 +69,7 @@ def entry_files(folder: Path) -> list[Path]:
     Args:
         folder: `<root>/v1`.
     """
-    return [path for shard in _shard_folders(folder) for path in _listing(shard)[0]]
+    return [path for shard in _shard_folders(folder) for path in _tolerant_listing(shard)[0]]
 
 
 def loose_files(folder: Path) -> list[Path]:
@@ -69,7 +80,7 @@ def loose_files(folder: Path) -> list[Path]:
     """
     shards = _shard_folders(folder)
     known = {shard.name for shard in shards}
-    found = [path for shard in shards for path in _listing(shard)[1]]
+    found = [path for shard in shards for path in _tolerant_listing(shard)[1]]
     found += [path for path in files_in(folder / "entries") if path.name not in known]
     return sorted(found)
 
@@ -106,11 +117,14 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and 0 <= value < 1 << 62 else 0.0
 
 
-def _row_in(path: Path, *, shared: bool) -> EntryRow | None:
-    """Return the row of an entry file, or None if it is no entry."""
-    with contextlib.suppress(CacheError, OSError, ValueError, TypeError, AttributeError, OverflowError):
-        return row_of(StoredEntry(path.stem, path, shared=shared), path.stat().st_mtime)
-    return None
+def _row_in(path: Path, *, shared: bool) -> tuple[EntryRow | None, bool]:
+    """Return the row of an entry file, or None if it is no entry; and whether that is for good, or only could not be told now."""
+    try:
+        return row_of(StoredEntry(path.stem, path, shared=shared), path.stat().st_mtime), True
+    except (CorruptEntryError, StoreTooNewError, ValueError, TypeError, AttributeError, OverflowError):
+        return None, True
+    except (CacheError, OSError):
+        return None, False
 
 
 class TolerantIndex:
@@ -150,7 +164,8 @@ class TolerantIndex:
                 except (sqlite3.Error, OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
                     problem = error
                     self.close()
-            self._given_up = True
+            # a busy neighbour goes away
+            self._given_up = not (isinstance(problem, sqlite3.Error) and is_busy(problem))
             if not self._readonly:
                 self._complain(f"the index cannot be used: {problem}")
             return default
@@ -161,14 +176,10 @@ class TolerantIndex:
         A folder of entries whose mtime is the one that was recorded has not changed; only others are looked into. What
         changed less than two seconds ago may change again within the clock's grain: it is not recorded yet.
         """
+        return self.call(lambda index: action(self._reconcile(index)), default)
 
-        def run(index: Index) -> _T:
-            self._reconcile(index)
-            return action(self._index or index)
-
-        return self.call(run, default)
-
-    def _reconcile(self, index: Index) -> None:
+    def _reconcile(self, index: Index) -> Index:
+        """Make rows and files agree; return the index in which they do: a copy in memory where the file cannot be written now."""
         known = index.shards()
         now_ns = time.time_ns()
         changed: dict[str, tuple[int, int]] = {}
@@ -185,24 +196,37 @@ class TolerantIndex:
                 continue
             if known.get(name, (0, 0))[0] == mtime_ns:
                 continue
-            files, loose = _listing(path)
+            try:
+                files, loose = _listing(path)
+            except OSError:  # nothing is known of it now: nothing is changed, and it is looked at the next time
+                continue
             have = index.keys_in(name)
+            settled = mtime_ns + RACY_NS <= now_ns
             for file in files:
-                row = None if file.stem in have else _row_in(file, shared=self._access.shared)
+                if file.stem in have:
+                    continue
+                row, damaged = _row_in(file, shared=self._access.shared)
                 if row:
                     missing.append(row)
-                elif file.stem not in have:
+                else:
                     loose.append(file)
+                    settled = settled and damaged
             gone += have - {file.stem for file in files}
-            settled = mtime_ns + RACY_NS <= now_ns
             changed[name] = mtime_ns if settled else 0, sum(_size(file) for file in loose)
         if not (missing or gone or any(known.get(name, (0, 0)) != found for name, found in changed.items())):
-            return
+            return index
         if self._readonly:
             writable = index.copy()
             index.close()
             self._index = index = writable
-        index.put_shards(changed, missing, gone)
+        try:
+            index.put_shards(changed, missing, gone)
+        except sqlite3.OperationalError as error:
+            if not is_busy(error):
+                raise
+            index = index.copy()
+            index.put_shards(changed, missing, gone)
+        return index
 
     def rebuild(self) -> int:
         """Make the index anew from the entries, keeping counters and use times where they can be read.
@@ -215,8 +239,9 @@ class TolerantIndex:
             old = {row.key: row for row in self.call(lambda index: index.entries(), nothing)}
             none: dict[str, float] = {}
             counters = self.call(lambda index: index.counters(), none)
+            sound = self.check() is None
             self.close()
-            self._remove()
+            self._remove(keep=not sound)
             self._index = self._open()
             rows = [_merged(row, old[row.key]) for row in self.call(lambda index: index.entries(), nothing) if row.key in old]
             count, _ = self.call(lambda index: index.count_and_nbytes(), (0, 0))
@@ -291,11 +316,20 @@ class TolerantIndex:
             return self._scan_into(Index(None))
         return self._scan_into(self._index_at())
 
-    def _remove(self) -> None:
-        """Move the index away; its write-ahead log must go with it, or it would be replayed into the next one."""
+    def _remove(self, *, keep: bool = True) -> None:
+        """Take the index away; its write-ahead log must go with it, or it would be replayed into the next one.
+
+        Args:
+            keep: in quarantine; what was sound is of no use to anybody.
+        """
         for suffix in ("-wal", "-shm", "-journal", ""):
             path = self._path.with_name(self._path.name + suffix)
-            if os.path.exists(path) and quarantine(path, self._folder / "quarantine") is None:
+            if not os.path.exists(path):
+                continue
+            if not keep:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            elif quarantine(path, self._folder / "quarantine") is None:
                 return
 
     def _scan_into(self, index: Index) -> Index:
@@ -314,7 +348,10 @@ def _merged(row: EntryRow, old: EntryRow) -> EntryRow:
 
 
 def _size(path: Path) -> int:
+    """Return the bytes of a file, or of all that is below a folder."""
     try:
-        return path.stat(follow_symlinks=False).st_size
+        if path.is_dir() and not path.is_symlink():
+            return sum(_size(inner) for inner in path.iterdir())
+        return os.lstat(path).st_size
     except OSError:
         return 0

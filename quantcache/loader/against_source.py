@@ -77,7 +77,8 @@ def _compare(entry: StoredEntry, threads: int) -> None:
         adapters = [(str(file), alpha) for file, alpha in built.get("adapters", [])]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheError("another loader made it") from error
-    opened = open_checkpoint(path, "auto" if names else "file")
+    whole = Path(built.get("checkpoint", path))  # an adapter may be for tensors of other files, too
+    opened = open_checkpoint(whole if adapters and whole.exists() else path, "auto" if names else "file")
     source = next((source for source in opened if source.path.resolve() == path), None)
     if source is None:
         raise CacheError(f"{path} is not where it was")

@@ -371,7 +371,7 @@ def load(
         for adapter in adapters
         if store is not None
     ]
-    request = Request(recipe, changes, tuple(entries), tuple((str(a.source.path.resolve()), a.alpha) for a in adapters))
+    request = Request(recipe, changes, tuple(entries), tuple((str(a.source.path.resolve()), a.alpha) for a in adapters), str(Path(path).resolve()))
     options = _Options(request, settings["mode"], settings["verify"], settings["threads"], progress)
     shards = []
     try:

@@ -416,7 +416,7 @@ class Pipeline:
             "version": quantcache.__version__,
         }
         if build.request.given:
-            built["adapters"] = [list(pair) for pair in build.request.given]
+            built |= {"adapters": [list(pair) for pair in build.request.given], "checkpoint": build.request.checkpoint}
         document = build.request.key_document(found, source.file.nbytes, source.reading())
         records = [build.tasks[job.info.name].job.record() for job in build.jobs]
         build.entry = cache.publish(staged, document=document, records=records, built=built)

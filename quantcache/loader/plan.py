@@ -48,13 +48,15 @@ class Request:
         recipe: which tensor becomes what.
         changes: name of a weight -> what adapters do to it.
         adapters: what of them belongs in the key.
-        given: path and alpha of the adapters, as they were given; for the record only.
+        given: path and alpha of the adapters, as they were given; for the record only, as is what follows.
+        checkpoint: path of the whole.
     """
 
     recipe: Recipe
     changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
     adapters: tuple[Mapping[str, Any], ...] = ()
     given: tuple[tuple[str, Any], ...] = ()
+    checkpoint: str = ""
 
     @property
     def label(self) -> str:

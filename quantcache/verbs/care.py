@@ -40,7 +40,7 @@ def _verify(options: argparse.Namespace, output: Output) -> int:
         for finding in done.findings:
             print(f"{'damaged' if finding.damaged else 'found'}  {finding.subject}  {finding.problem}")
         left = f", {done.left} left for another time" if done.left else ""
-        output.words(f"{len(done.checked)} entries checked{left}, {len(done.findings)} findings" + ("; quantcache repair" if done.findings else ""))
+        output.words(f"{len(done.checked)} entries checked{left}, {len(done.findings)} findings" + ("; quantcache repair" if any(f.damaged for f in done.findings) else ""))
     return 1 if done.findings else 0
 
 

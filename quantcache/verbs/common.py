@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,13 +93,16 @@ def as_json(row: EntryRow, pinned: set[str]) -> dict[str, Any]:
 def rows_of(cache: Cache, named: str) -> list[EntryRow]:
     """Return the entries that a key's prefix or a checkpoint's path means."""
     path = Path(named)
-    if named and path.exists():
+    if named and os.path.exists(named):
         keys = cache.keys_of_model(path.resolve())
         if path.is_dir():
             keys += [row.key for row in cache.entries() if Path(row.source_path).parent == path.resolve() and row.key not in keys]
         if not keys:
             raise KeyNotFoundError(f"nothing is stored for {named}", hint=f"quantcache warm {named}")
         return [row for row in cache.entries() if row.key in keys]
+    gone = [row for row in cache.entries() if row.source_path == str(path.absolute())] if os.sep in named else []
+    if gone:  # the source was deleted since
+        return gone
     if not named or not all(digit in "0123456789abcdef" for digit in named.lower()):
         raise KeyNotFoundError(f"{named!r} is neither a key nor a file", hint="quantcache ls shows the keys")
     return [cache.lookup(named)]

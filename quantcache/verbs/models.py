@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -116,8 +118,7 @@ def _parse_rule(text: str) -> tuple[str, str] | tuple[str, str, float]:
 
 @verb("info", "show an entry, or what is in a checkpoint and would become of it", arg("what", metavar="KEY|PATH"), *RECIPE)
 def _info(options: argparse.Namespace, output: Output) -> int:
-    path = Path(options.what)
-    if path.exists():
+    if os.path.exists(options.what):
         return _info_path(options, output)
     with open_cache(options) as cache:
         (row,) = rows_of(cache, options.what)
@@ -177,12 +178,15 @@ def _explain(options: argparse.Namespace, output: Output) -> int:
             print(f"  {note}")
         if explanation is None:
             continue
-        print(f"  {explanation.why}")
+        print(textwrap.fill(explanation.why, shutil.get_terminal_size().columns, initial_indent="  ", subsequent_indent="  "))
         print(f"  key {explanation.key}")
         if explanation.nearest and explanation.state != "hit":
             print(f"  nearest entry {explanation.nearest}")
+        if explanation.nearest and explanation.state != "hit":  # what is the same stands in --json
+            print(f"  {sum(f.same for f in explanation.factors)} factors are the same")
+        shown = [f for f in explanation.factors if not (explanation.nearest and explanation.state != "hit" and f.same)]
         rows = [("" if f.same or explanation.nearest is None else "*", f.name, f.wanted, "" if explanation.nearest is None else f.found)
-                for f in explanation.factors]  # fmt: skip
+                for f in shown]  # fmt: skip
         output.table(("", "factor", "this load", "nearest entry"), rows, flexible=2)
     return 1 if missing else 0
 

@@ -181,10 +181,17 @@ def test_stale_files(tmp_path: Path) -> None:
 
 def test_stale_by_age(tmp_path: Path) -> None:
     """A file whose number belongs to a living process goes after a day without a write, not before."""
-    path = tmp_path / f"{os.getpid()}-feed.tmp"
+    path = tmp_path / f"{os.getppid()}-feed.tmp"
     path.write_bytes(b"x")
     assert remove_stale(tmp_path) == []
     os.utime(path, (time.time() - 90_000,) * 2)
+    assert remove_stale(tmp_path) == [(path, 1)]
+
+
+def test_stale_under_our_own_number(tmp_path: Path) -> None:
+    """A file of a dead process that had this one's number, as all have in containers, is not ours: it goes."""
+    path = tmp_path / f"{os.getpid()}-feed.tmp"
+    path.write_bytes(b"x")
     assert remove_stale(tmp_path) == [(path, 1)]
 
 

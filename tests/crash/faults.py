@@ -117,7 +117,7 @@ def main() -> None:
 #: lock fails so, and SQLite's log would try it for ten seconds.
 NETWORK = os.environ.get("QC_NETWORK") == "1"
 #: of the other errors every so-manieth call is tried, unless QUANTCACHE_EXHAUSTIVE is set: all of them take 10 minutes
-EVERY = 1 if os.environ.get("QUANTCACHE_EXHAUSTIVE") else 6
+EVERY = 1 if os.environ.get("QUANTCACHE_EXHAUSTIVE") else 10
 #: nobody waits for a lock or a busy neighbour on account of an error (a load takes 50 ms)
 PATIENCE_S = 5
 if __name__ == "__main__":
