@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantcache.cache.filesystem import allocate, filesystem_type, is_network, locks_work, sync_folder
+from quantcache.cache import locks
+from quantcache.cache.filesystem import PRIVATE, allocate, filesystem_type, is_network, locks_work, sync_folder
 from quantcache.cache.settings import parse_size
 from quantcache.cache.store import Cache
-from quantcache.errors import CacheError, NoCacheError
+from quantcache.errors import CacheError, LockTimeoutError, NoCacheError
 
 __all__ = ["Check", "check_store"]
 
@@ -86,7 +87,7 @@ def _check_owner(place: Path) -> Iterator[Check]:
 
 def _try_out(place: Path) -> Iterator[Check]:
     """Write, reserve, sync, rename and lock a small file, as a publication does."""
-    locks = locks_work(place)
+    working = locks_work(place)
     path = place / f".doctor-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -98,7 +99,7 @@ def _try_out(place: Path) -> Iterator[Check]:
             os.rename(path, renamed)
             path = renamed
             sync_folder(place)
-            exclusive = _is_exclusive(path) if locks else None
+            exclusive = _is_exclusive(path) if working else None
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -108,7 +109,7 @@ def _try_out(place: Path) -> Iterator[Check]:
         with contextlib.suppress(OSError):
             path.unlink()
     yield Check("writing", "ok", "a file was reserved, written, synced and renamed")
-    if locks is False:
+    if working is False:
         yield Check("locks", "warn", "the file system has none: several processes may build the same entry, and the index stays in memory",
                     "a local folder has them: --cache-dir")  # fmt: skip
     elif exclusive is False:
@@ -119,15 +120,17 @@ def _try_out(place: Path) -> Iterator[Check]:
 
 def _is_exclusive(path: Path) -> bool:
     """Return whether a file that is locked through one descriptor is locked for another."""
-    import filelock
-
-    first, second = (filelock.FileLock(str(path), timeout=0, is_singleton=False) for _ in range(2))
-    with first:
-        try:
-            with second:
-                return False
-        except (filelock.Timeout, RuntimeError):
-            return True
+    try:
+        first = locks.acquire(str(path), access=PRIVATE, timeout_s=0)
+    except (OSError, LockTimeoutError):
+        return True
+    try:
+        locks.acquire(str(path), access=PRIVATE, timeout_s=0)()
+    except LockTimeoutError:
+        return True
+    finally:
+        first()
+    return False
 
 
 def _check_room(place: Path, cache: Cache | None) -> Iterator[Check]:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantcache.cache import locks
 from quantcache.cache import policy as policies
 from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale, store_error
 from quantcache.cache.container import Slot
@@ -38,7 +39,6 @@ from quantcache.errors import (
     CacheError,
     CorruptEntryError,
     KeyNotFoundError,
-    LockTimeoutError,
     NoCacheError,
     QuantcacheWarning,
     StoreReadOnlyError,
@@ -270,22 +270,13 @@ class Cache:
         Raises:
             LockTimeoutError: another process held it for longer than `lock_timeout_s`.
         """
-        import filelock  # here: a hit takes no lock
-
         if not KEY.fullmatch(name):
             raise UsageError(f"{name!r} is not the name of a lock")
-        path = str(self.folder / "locks" / f"{name}.lock")
-        lock = filelock.FileLock(path, thread_local=False, mode=self.access.file_mode)
+        path = f"{self.folder}{os.sep}locks{os.sep}{name}.lock"
         try:
-            lock.acquire(timeout=-1 if self.lock_timeout_s is None else self.lock_timeout_s)
-        except filelock.Timeout as error:
-            raise LockTimeoutError(
-                f"another process has been building this entry for over {self.lock_timeout_s} s",
-                hint="wait for it, or raise --lock-timeout",
-            ) from error
-        except (OSError, NotImplementedError, RuntimeError):  # the last: a lock that could not be given back
+            return locks.acquire(path, access=self.access, timeout_s=self.lock_timeout_s)
+        except OSError:
             return lambda: None  # two writers waste work then, and never mix bytes
-        return lambda: lock.release(force=True)
 
     def stage(self, slots: Iterable[Slot], records: Any) -> StagedEntry:
         """Reserve room for an entry, evicting others within the limits.

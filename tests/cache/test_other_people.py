@@ -24,7 +24,7 @@ NOBODY = 65534
 
 AS_OTHER = """
 import os, sys, warnings
-import filelock, platformdirs, sqlite3, tomllib, xxhash  # before: others cannot read this Python's folder
+import platformdirs, sqlite3, tomllib, xxhash  # before: others cannot read this Python's folder
 from quantcache.cache.store import Cache
 from quantcache.cache.container import Slot
 os.setgroups([int(sys.argv[3])]); os.setgid(int(sys.argv[3])); os.setuid(int(sys.argv[2])); os.umask(int(sys.argv[4], 8))

@@ -13,12 +13,12 @@ SUITES = [TESTS / "cache", TESTS / "loader" / "test_hit_and_miss.py", TESTS / "l
 #: tests of what locks are for: one build of a cold key, limits of time; and where they fail, of an index that outlives its process
 NEED = {
     "fail": (
-        "once_for_all_threads", "lock_timeout", "locked_file", "test_index.py", "of_the_index", "lies", "lying", "files_not_rows", "network",
+        "test_locks", "once_for_all_threads", "lock_timeout", "locked_file", "test_index.py", "of_the_index", "lies", "lying", "files_not_rows", "network",
         "golden", "use_times", "subsets", "is_resumed", "not_utf8", "other_loaders",
         # an entry that cannot be read has no row then, so that it is built again without a word
         "every_byte_of_the_header", "truncated_entry",
     ),
-    "succeed": ("once_for_all_threads", "lock_timeout", "locked_file"),
+    "succeed": ("test_locks", "once_for_all_threads", "lock_timeout", "locked_file"),
 }  # fmt: skip
 
 

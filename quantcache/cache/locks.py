@@ -1,0 +1,91 @@
+"""Own the locks that builds take: one file a name, held for as long as its descriptor is open. Knows no entry.
+
+Source: docs/decisions/0008-locks.md, for why this is not filelock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from quantcache.cache.filesystem import Access
+from quantcache.errors import LockTimeoutError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["acquire"]
+
+_POLL_S = 0.02
+
+
+def acquire(path: str, *, access: Access, timeout_s: float | None) -> Callable[[], None]:
+    """Wait for a lock.
+
+    Args:
+        path: of its file, which is made and stays.
+        access: of the file.
+        timeout_s: None waits.
+
+    Returns:
+        A function that gives it back, from any thread, once or often; it cannot fail.
+
+    Raises:
+        LockTimeoutError: another process held it for too long.
+        OSError: the file system has no locks, or the file cannot be opened.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "no file locks on this system")
+    until_s = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), access.file_mode)
+        try:
+            if access.shared:
+                with contextlib.suppress(PermissionError):  # another member made it
+                    os.fchmod(descriptor, access.file_mode)
+            _wait(descriptor, until_s, timeout_s)
+            # somebody may have removed the file before it was locked: the lock of another one is nobody's
+            if _same_file(descriptor, path):
+                break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    held = [descriptor]
+    guard = threading.Lock()
+
+    def release() -> None:
+        with guard:
+            while held:
+                with contextlib.suppress(OSError):  # closing gives the lock back, whatever it says
+                    os.close(held.pop())
+
+    return release
+
+
+def _wait(descriptor: int, until_s: float | None, timeout_s: float | None) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if until_s is not None and time.monotonic() >= until_s:
+                raise LockTimeoutError(
+                    f"another process has been building this entry for over {timeout_s} s", hint="wait for it, or raise --lock-timeout"
+                ) from None
+            time.sleep(_POLL_S)
+        else:
+            return
+
+
+def _same_file(descriptor: int, path: str) -> bool:
+    try:
+        mine, there = os.fstat(descriptor), os.stat(path)
+    except FileNotFoundError:
+        return False
+    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
