@@ -14,7 +14,7 @@ SUITES = [TESTS / "cache", TESTS / "loader" / "test_hit_and_miss.py", TESTS / "l
 NEED = {
     "fail": (
         "test_locks", "once_for_all_threads", "lock_timeout", "locked_file", "test_index.py", "of_the_index", "lies", "lying", "files_not_rows", "network",
-        "golden", "use_times", "subsets", "is_resumed", "not_utf8", "other_loaders",
+        "golden", "use_times", "busy_index", "cannot_be_read_for_once", "subsets", "is_resumed", "not_utf8", "other_loaders",
         # an entry that cannot be read has no row then, so that it is built again without a word
         "every_byte_of_the_header", "truncated_entry",
     ),
