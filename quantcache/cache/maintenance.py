@@ -297,7 +297,10 @@ def prune(
             over -= sum(nbytes for _, nbytes in found.files)
         if over > 0 and not orphans:  # what nobody can use goes before what somebody may
             before = found.nbytes
-            _remove_files(found, [*files_in(cache.folder / "quarantine"), *loose_files(cache.folder)], dry_run=dry_run)
+            nothing: dict[str, tuple[int, int]] = {}
+            strays = any(nbytes for _, nbytes in cache.index.call(lambda index: index.shards(), nothing).values())
+            loose = loose_files(cache.folder) if strays else []  # a hundred thousand names take a while to read
+            _remove_files(found, [*files_in(cache.folder / "quarantine"), *loose], dry_run=dry_run)
             over -= found.nbytes - before
         short = over - sum(row.nbytes for row in chosen.values())
         left = [row for row in rows if row.key not in chosen]

@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 #: A key, and nothing else, becomes part of a path.
 KEY = re.compile(r"[0-9a-f]{32}")
 _SHARD = re.compile(r"[0-9a-f]{2}")
-_SUFFIX = ".safetensors"
+_ENTRY_NAME = re.compile(rf"{KEY.pattern}\.safetensors")
 
 
 def _shard_folders(folder: Path) -> list[Path]:
@@ -40,23 +40,22 @@ def _shard_folders(folder: Path) -> list[Path]:
         return []
 
 
-def _listing(shard: Path) -> tuple[list[Path], list[Path]]:
+def _listing(shard: Path) -> tuple[list[str], list[str]]:
     """Return the entry files of one folder, and what else is in it.
 
     Raises:
         OSError: it cannot be read.
     """
-    entries: list[Path] = []
-    loose: list[Path] = []
+    entries: list[str] = []
+    loose: list[str] = []
     with os.scandir(shard) as found:
         for item in found:
-            stem, suffix = os.path.splitext(item.name)
-            named = suffix == _SUFFIX and KEY.fullmatch(stem) and stem.startswith(shard.name)
-            (entries if named and item.is_file(follow_symlinks=False) else loose).append(Path(item.path))
+            named = _ENTRY_NAME.fullmatch(item.name) and item.name.startswith(shard.name)
+            (entries if named and item.is_file(follow_symlinks=False) else loose).append(item.path)
     return sorted(entries), sorted(loose)
 
 
-def _tolerant_listing(shard: Path) -> tuple[list[Path], list[Path]]:
+def _tolerant_listing(shard: Path) -> tuple[list[str], list[str]]:
     try:
         return _listing(shard)
     except OSError:
@@ -69,7 +68,7 @@ def entry_files(folder: Path) -> list[Path]:
     Args:
         folder: `<root>/v1`.
     """
-    return [path for shard in _shard_folders(folder) for path in _tolerant_listing(shard)[0]]
+    return [Path(path) for shard in _shard_folders(folder) for path in _tolerant_listing(shard)[0]]
 
 
 def loose_files(folder: Path) -> list[Path]:
@@ -80,7 +79,7 @@ def loose_files(folder: Path) -> list[Path]:
     """
     shards = _shard_folders(folder)
     known = {shard.name for shard in shards}
-    found = [path for shard in shards for path in _tolerant_listing(shard)[1]]
+    found = [Path(path) for shard in shards for path in _tolerant_listing(shard)[1]]
     found += [path for path in files_in(folder / "entries") if path.name not in known]
     return sorted(found)
 
@@ -197,7 +196,7 @@ class TolerantIndex:
             if known.get(name, (0, 0))[0] == mtime_ns:
                 continue
             try:
-                files, loose = _listing(path)
+                files, loose = (list(map(Path, names)) for names in _listing(path))
             except OSError:  # nothing is known of it now: nothing is changed, and it is looked at the next time
                 continue
             have = index.keys_in(name)
