@@ -122,7 +122,7 @@ def verify(
                     done.left += len(chosen) - position
                     break
                 finding = _look(cache, key, pool, quick=quick)
-                if finding and keys is None and not os.path.lexists(cache.file_of(key)):
+                if finding and keys is None and _is_gone(cache.file_of(key)):
                     continue  # evicted meanwhile
                 done.checked.append(key)
                 if finding:
@@ -182,7 +182,7 @@ def _look(cache: Cache, key: str, pool: ThreadPoolExecutor, *, quick: bool) -> F
 def _around(cache: Cache, rows: dict[str, EntryRow], files: set[str]) -> list[Finding]:
     """Return what is wrong with rows, pins, and what lies among the entries."""
     # what another process stored, or removed, since the files were listed is no finding
-    lost = [key for key in sorted(rows.keys() - files) if not os.path.lexists(cache.file_of(key))]
+    lost = [key for key in sorted(rows.keys() - files) if _is_gone(cache.file_of(key))]
     still = {row.key for row in cache.rows()} if lost else set()
     found = [Finding(key, "in the index, but there is no file", damaged=False) for key in lost if key in still]
     found += [Finding(key, "pinned, but there is no file", damaged=False) for key in sorted(cache.pinned() - files) if _is_gone(cache.file_of(key))]
