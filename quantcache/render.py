@@ -7,11 +7,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Output", "ago", "seconds", "size"]
+__all__ = ["Output", "ago", "phases", "seconds", "size"]
 
 SCHEMA_VERSION = 1
 
@@ -32,6 +32,11 @@ def seconds(amount: float) -> str:
     if amount < 120:
         return f"{amount:.1f} s"
     return f"{amount / 60:.0f} min" if amount < 7200 else f"{amount / 3600:.1f} h"
+
+
+def phases(taken: Mapping[str, float]) -> str:
+    """Return the seconds of each phase, longest first."""
+    return ", ".join(f"{phase} {seconds(amount)}" for phase, amount in sorted(taken.items(), key=lambda pair: -pair[1]))
 
 
 def ago(at_s: float) -> str:
@@ -131,7 +136,8 @@ def _lines(title: str) -> Callable[[Any], None]:
         if time.monotonic() - told[0] >= 10:
             told[0] = time.monotonic()
             share = 100 * report.done_nbytes // max(1, report.total_nbytes)
-            print(f"{title}: {share} % ({report.done_tensors} of {report.total_tensors} tensors)", file=sys.stderr)
+            left = "" if report.left_s is None else f", {size(report.rate)}/s, {seconds(report.left_s)} left"
+            print(f"{title}: {share} % ({report.done_tensors} of {report.total_tensors} tensors{left})", file=sys.stderr)
 
     return callback
 
@@ -145,4 +151,10 @@ def _bar(title: str, *, color: bool) -> Any:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(cut(title, 30), total=None)
-        yield lambda report: bar.update(task, total=report.total_nbytes, completed=report.done_nbytes)
+
+        def callback(report: Any) -> None:
+            # what is left after the last tensor is the disk's work
+            described = f"{cut(title, 24)}, sync" if report.phase == "sync" else cut(title, 30)
+            bar.update(task, total=report.total_nbytes, completed=report.done_nbytes, description=described)
+
+        yield callback

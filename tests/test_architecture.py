@@ -24,10 +24,11 @@ CODE_LINES = 460
 #: part of the package -> parts that it may import besides itself, and why no more
 MAY_IMPORT: dict[str, tuple[set[str], str]] = {
     "errors": (set(), "everything imports it, so it can import nothing"),
+    "trace": ({"errors"}, "whoever does something measures it, so it knows nobody"),
     "tensor": ({"errors"}, "plain records; they know neither codecs nor files"),
-    "quant": ({"tensor", "errors"}, "a codec turns arrays into arrays: no files, no store"),
-    "cache": ({"errors"}, "it stores bytes, whatever they mean: another loader can use it, and `ls` needs no NumPy"),
-    "loader": ({"quant", "cache", "tensor", "errors"}, "the one place where files, codecs and the store meet"),
+    "quant": ({"trace", "tensor", "errors"}, "a codec turns arrays into arrays: no files, no store"),
+    "cache": ({"trace", "errors"}, "it stores bytes, whatever they mean: another loader can use it, and `ls` needs no NumPy"),
+    "loader": ({"trace", "quant", "cache", "tensor", "errors"}, "the one place where files, codecs and the store meet"),
     "render": (set(), "it formats what it is given and decides nothing"),
     "integrations": ({"loader", "quant", "cache", "tensor", "errors"}, "they stand on the loader, nothing on them"),
     "verbs": ({"loader", "cache", "render", "errors"}, "they have no logic of their own, so they need no codec"),

@@ -32,6 +32,7 @@ from quantcache.cache.container import (
 from quantcache.cache.filesystem import PRIVATE, Access, allocate, files_in, make_folders, sync_folder
 from quantcache.cache.key import combine, digest
 from quantcache.errors import CacheError, CorruptEntryError, StoreReadOnlyError
+from quantcache.trace import span
 
 try:
     import fcntl
@@ -116,13 +117,14 @@ class StagedEntry:
             except OSError as error:
                 raise store_error("cannot extend the staged file", error) from error
 
-    def write(self, key: str, position: int, buffer: Any) -> None:
+    def write(self, key: str, position: int, buffer: Any, found: bytes = b"") -> None:
         """Write one piece of a tensor and remember its digest.
 
         Args:
             key: which tensor.
             position: first byte in the tensor, a multiple of the slot's chunk.
             buffer: contiguous bytes, at most one chunk.
+            found: their digest, if the caller has taken it.
 
         Raises:
             CacheError: the disk refused.
@@ -130,11 +132,12 @@ class StagedEntry:
         view = memoryview(buffer).cast("B")
         start = self.offsets[key] + position
         try:
-            _write_all(self._descriptor, view, start)
+            with span("write", len(view), key):
+                _write_all(self._descriptor, view, start)
         except OSError as error:
             raise store_error("cannot write the staged file", error) from error
         if len(view):
-            self._digests[key][position // self.slots[key].chunk] = digest(view)
+            self._digests[key][position // self.slots[key].chunk] = found or digest(view)
 
     def view(self, key: str) -> memoryview:
         """Return a finished tensor's bytes, mapped read-only; valid after publishing and discarding, too."""
@@ -179,7 +182,8 @@ class StagedEntry:
             if header is None:
                 header = self._rewrite(build_header(self.slots.values(), digests, **details))
             _write_all(self._descriptor, memoryview(header), 0)
-            os.fsync(self._descriptor)
+            with span("sync", self._end):
+                os.fsync(self._descriptor)
             nbytes = os.fstat(self._descriptor).st_size
             make_folders(target.parent.parent, [target.parent.name], self._access)
             os.rename(self._path, target)
@@ -218,13 +222,17 @@ class StagedEntry:
                 if slot.nbytes:
                     self.view(key)
 
+    def unlink(self) -> None:
+        """Remove the file from its folder, whatever a thread is doing with it; it cannot be published any more."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
     def discard(self) -> None:
         """Remove the file; views stay valid."""
         if hasattr(self, "_main"):
             with contextlib.suppress(CacheError, ValueError):
                 self._map_replaced()
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        self.unlink()
         self._close()
 
     def _close(self) -> None:
@@ -336,7 +344,8 @@ class StoredEntry:
 
     def intact(self, key: str) -> bool:
         """Return whether a tensor's bytes have the digest that was recorded when they were made."""
-        return slot_digest(self.memory, self.header.slots[key], self.header.offsets[key]) == self.header.digests[key]
+        with span("verify", self.header.slots[key].nbytes, key):
+            return slot_digest(self.memory, self.header.slots[key], self.header.offsets[key]) == self.header.digests[key]
 
 
 def quarantine(path: Path, folder: Path) -> Path | None:

@@ -14,7 +14,7 @@ import xxhash
 
 from quantcache.errors import UsageError
 
-__all__ = ["CHUNK", "CONTAINER_VERSION", "Stamp", "canonical", "combine", "digest", "fingerprint", "key_of"]
+__all__ = ["CHUNK", "CONTAINER_VERSION", "Stamp", "Streamed", "canonical", "combine", "digest", "fingerprint", "key_of"]
 
 #: Raised whenever entry files change in a way that an older quantcache cannot read.
 CONTAINER_VERSION = 1
@@ -30,10 +30,36 @@ _SAMPLE = 4 << 10
 _SAMPLES = 16
 
 
+#: From here on a digest is taken in a way that lets other threads run meanwhile.
+_RELEASING = 64 << 10
+
+
 def digest(buffer: Any) -> bytes:
     """Return the XXH3-128 of a contiguous buffer: 16 bytes."""
-    found: bytes = xxhash.xxh3_128_digest(buffer)
-    return found
+    if len(buffer) < _RELEASING:
+        found: bytes = xxhash.xxh3_128_digest(buffer)
+        return found
+    state = Streamed()
+    state.update(buffer)
+    return state.digest()
+
+
+class Streamed:
+    """Take the XXH3-128 of bytes that come in pieces, in order."""
+
+    __slots__ = ("_state",)
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def update(self, buffer: Any) -> None:
+        """Add a contiguous buffer."""
+        self._state.update(buffer)
+
+    def digest(self) -> bytes:
+        """Return the digest of all that was added: 16 bytes."""
+        found: bytes = self._state.digest()
+        return found
 
 
 def combine(digests: list[bytes], size: int | None = None) -> str:

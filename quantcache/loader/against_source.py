@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from quantcache.cache.maintenance import Finding
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheError
 from quantcache.loader.changes import key_entry, resolve
+from quantcache.loader.digests import source_digest
 from quantcache.loader.lora import open_adapter
-from quantcache.loader.pipeline import Target, default_threads, encode_tile, source_digest, write_whole
+from quantcache.loader.pipeline import default_threads
 from quantcache.loader.plan import Job, Request, plan
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source, open_checkpoint
+from quantcache.loader.tiles import Piece, encode_tile, whole_pieces
 from quantcache.quant.codec import Scratch, Status
 
 __all__ = ["compare"]
@@ -33,17 +35,17 @@ class _Comparison:
     def __init__(self, entry: StoredEntry) -> None:
         self.entry = entry
 
-    def write(self, key: str, position: int, buffer: Any) -> None:
+    def check(self, piece: Piece) -> None:
         """Compare one piece.
 
         Raises:
             _DifferenceError: it is not what is stored.
         """
-        if key not in self.entry.header.slots:
-            raise _DifferenceError(f"tensor {key!r} is not in the entry")
-        piece = memoryview(buffer).cast("B")
-        if self.entry.view(key)[position : position + len(piece)] != piece:
-            raise _DifferenceError(f"tensor {key!r} is not what its source gives")
+        if piece.key not in self.entry.header.slots:
+            raise _DifferenceError(f"tensor {piece.key!r} is not in the entry")
+        made = memoryview(piece.buffer).cast("B")
+        if self.entry.view(piece.key)[piece.position : piece.position + len(made)] != made:
+            raise _DifferenceError(f"tensor {piece.key!r} is not what its source gives")
 
 
 def compare(cache: Cache, keys: Iterable[str], *, threads: int = 0) -> list[Finding]:
@@ -96,30 +98,30 @@ def _compare(entry: StoredEntry, threads: int) -> None:
             done.result()
 
 
-class _Nowhere:
-    """Take what is of no use."""
-
-    def write(self, key: str, position: int, buffer: Any) -> None:
-        """Drop it."""
-
-
 def _tensor(source: Source, job: Job, target: _Comparison, records: dict[str, Any]) -> None:
     """Quantize one tensor again; it may be stored in a later way only if its values refuse every earlier one."""
     scratch, slots = Scratch(), target.entry.header.slots
     record = records.get(job.info.name, {})
     while record.get("codec") != job.decision.codec or not all(_same(slot, slots.get(slot.key)) for slot in job.slots):
-        status = _encode(source, job, scratch, _Nowhere())
+        status = _encode(source, job, scratch, id)  # nothing is compared
         if status == Status.OK:
             raise _DifferenceError(f"tensor {job.info.name!r} is not stored as its source asks for")
         job = job.after(status)
-    if _encode(source, job, scratch, target) != Status.OK:
+    if _encode(source, job, scratch, target.check) != Status.OK:
         raise _DifferenceError(f"tensor {job.info.name!r} is stored as its source's values refuse")
-    write_whole(job, target)
+    for piece in whole_pieces(job):
+        target.check(piece)
 
 
-def _encode(source: Source, job: Job, scratch: Scratch, target: Target) -> Status:
+def _encode(source: Source, job: Job, scratch: Scratch, take: Callable[[Piece], Any]) -> Status:
     """Encode all tiles, or up to the first that the codec refuses."""
-    return next((status for start in job.tiles if (status := encode_tile(source, job, start, scratch, target)) != Status.OK), Status.OK)
+    for start in job.tiles:
+        status, pieces = encode_tile(source, job, start, scratch, scratch)
+        if status != Status.OK:
+            return status
+        for piece in pieces:
+            take(piece)
+    return Status.OK
 
 
 def _same(planned: Slot, stored: Slot | None) -> bool:

@@ -1,8 +1,8 @@
-"""Own how a file is mapped and read: zero-copy views, and faults turned into errors.
+"""Own how a file is mapped and read: zero-copy views, positioned reads, and faults turned into errors.
 
-Mapping beats positioned reads here by 1.8 times on a warm page cache (docs/decisions/0003-reading.md). Its
-danger, SIGBUS on a bad sector or behind the end of a truncated file, is met by `populate`: the kernel faults the
-pages in and reports instead of killing. Knows no format.
+What is read once is read into a reused buffer; what is handed out is a view of the mapping, and faulted in by `populate`
+first, which reports a bad sector or a truncated file where a touch would kill (docs/decisions/0009-pipeline.md has the
+rates). Knows no format.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import sys
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import SourceError, SourceNotFoundError
+from quantcache.trace import span
 
-__all__ = ["MappedFile"]
+__all__ = ["MappedFile", "is_cached", "populate"]
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; not yet a constant of the mmap module
 _PAGE = mmap.PAGESIZE
@@ -35,6 +37,55 @@ def _madvise() -> Any:
     function = ctypes.CDLL(None, use_errno=True).madvise
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return function
+
+
+@cache
+def _mincore() -> Any:
+    """Return libc's mincore, on Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    function = ctypes.CDLL(None, use_errno=True).mincore
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    return function
+
+
+def populate(address: int, nbytes: int) -> int:
+    """Fault mapped pages in from disk.
+
+    Args:
+        address: of the first byte.
+        nbytes: how many.
+
+    Returns:
+        0, or the errno that says why they cannot be read. Where the kernel cannot be asked (before Linux 5.14, or another
+        system) 0 too: they are read without the net.
+    """
+    madvise = _madvise()
+    if madvise is None or nbytes == 0:
+        return 0
+    start = address // _PAGE * _PAGE
+    if madvise(start, address + nbytes - start, _MADV_POPULATE_READ) == 0:
+        return 0
+    code = ctypes.get_errno()
+    return code if code in (errno.EFAULT, errno.EIO, getattr(errno, "EHWPOISON", -1)) else 0
+
+
+def is_cached(address: int, nbytes: int) -> bool:
+    """Return whether mapped pages are in the page cache, by looking at the first, the last, and some in between.
+
+    Such pages need no `populate`: touching them costs half of it. It tells cold from warm, and promises nothing.
+    """
+    mincore = _mincore()
+    if mincore is None or not nbytes:
+        return False
+    first, last = address // _PAGE, (address + nbytes - 1) // _PAGE
+    samples = 2 + (nbytes >> 23)
+    state = ctypes.c_ubyte()
+    for sample in range(samples):
+        page = first + (last - first) * sample // (samples - 1)
+        if mincore(page * _PAGE, _PAGE, ctypes.byref(state)) != 0 or not state.value & 1:
+            return False
+    return True
 
 
 class MappedFile:
@@ -63,11 +114,17 @@ class MappedFile:
                 raise SourceError("not a regular file", path=path)
             if self.stat.st_size == 0:
                 raise SourceError("the file is empty", path=path, offset=0)
-            self._map = mmap.mmap(descriptor, self.stat.st_size, access=mmap.ACCESS_READ)
+            # from Python 3.13 on a map need not keep a descriptor of its own
+            untracked: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+            self._map = mmap.mmap(descriptor, self.stat.st_size, access=mmap.ACCESS_READ, **untracked)
         except (OSError, ValueError) as error:
-            raise SourceError(f"cannot be mapped: {error}", path=path) from error
-        finally:
             os.close(descriptor)
+            raise SourceError(f"cannot be mapped: {error}", path=path) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         self._address: int = self.bytes.__array_interface__["data"][0]
 
@@ -81,6 +138,27 @@ class MappedFile:
         """The whole file as a read-only buffer."""
         return memoryview(self._map)
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Read bytes into a buffer, which is filled.
+
+        Args:
+            offset: of the first.
+            buffer: writable and contiguous.
+
+        Raises:
+            SourceError: the disk failed, or the file has become shorter.
+        """
+        done, nbytes = 0, len(buffer)
+        with span("read", nbytes):
+            while done < nbytes:
+                try:
+                    count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+                except OSError as error:
+                    raise SourceError(f"cannot be read: {error.strerror}", path=self.path, offset=offset + done) from error
+                if count == 0:
+                    raise SourceError("the file became shorter while it was read", path=self.path, offset=offset + done)
+                done += count
+
     def populate(self, offset: int, nbytes: int) -> None:
         """Fault pages in from disk, so that reading the views cannot fail.
 
@@ -91,24 +169,11 @@ class MappedFile:
         Raises:
             SourceError: the disk failed, or the file has become shorter.
         """
-        madvise = _madvise()
-        if madvise is None or nbytes == 0:
-            return
-        start = (self._address + offset) // _PAGE * _PAGE
-        if madvise(start, self._address + offset + nbytes - start, _MADV_POPULATE_READ) == 0:
-            return
-        code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS):  # an older kernel: read without the net
-            return
-        if code in (errno.EFAULT, errno.EIO, getattr(errno, "EHWPOISON", -1)):
+        with span("read", nbytes):
+            code = populate(self._address + offset, nbytes)
+        if code:
             what = "the file became shorter while it was read" if code == errno.EFAULT else os.strerror(code)
             raise SourceError(what, path=self.path, offset=offset)
-
-    def will_need(self, offset: int, nbytes: int) -> None:
-        """Ask the kernel to read ahead, without waiting."""
-        start = offset // _PAGE * _PAGE
-        if nbytes and hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_WILLNEED, start, offset + nbytes - start)
 
     def changed(self) -> bool:
         """Return whether the path now leads to other content than was opened, as far as stat() tells."""

@@ -1,7 +1,6 @@
 """Own what a caller gets: load() and Model, the lazy, layered mapping from names to tensors.
 
-Each file of a checkpoint is a shard: served from a stored entry (a hit) or from a build that is under way (a miss). A
-stored tensor whose digest is wrong turns its shard from the one into the other, before anybody saw a byte of it.
+Each file of a checkpoint is a shard: served from a stored entry (a hit) or from a build that is under way (a miss).
 """
 
 from __future__ import annotations
@@ -10,35 +9,35 @@ import atexit
 import contextlib
 import os
 import sys
-import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from quantcache.cache.blobs import StagedEntry, StoredEntry
-from quantcache.cache.key import Stamp, canonical, digest, fingerprint
+from quantcache import trace
 from quantcache.cache.settings import resolve
 from quantcache.cache.store import Cache
-from quantcache.errors import CacheError, QuantcacheWarning, StoreReadOnlyError, UsageError
+from quantcache.errors import CacheError, QuantcacheWarning, UsageError
+from quantcache.loader.ahead import Pool
 from quantcache.loader.changes import key_entry
 from quantcache.loader.changes import resolve as resolve_changes
+from quantcache.loader.digests import known_digest
 from quantcache.loader.lora import Alpha, open_adapter, paired
-from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads, known_digest
-from quantcache.loader.plan import Request, layer_key, native_names, plan
+from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads
+from quantcache.loader.plan import Request, layer_key
 from quantcache.loader.recipe import Recipe
+from quantcache.loader.shards import DamagedError, Options, Shard
 from quantcache.loader.source import Source, open_checkpoint
 from quantcache.quant.blocks import dequantize
 from quantcache.quant.codec import codec
-from quantcache.tensor import QuantTensor, TensorInfo, array_dtype
+from quantcache.tensor import QuantTensor, TensorInfo
+from quantcache.trace import Profile, span, working_for
 
 __all__ = ["Model", "TensorReport", "load"]
 
@@ -59,28 +58,6 @@ class TensorReport:
     reason: str
 
 
-class _Shard:
-    """Serve one file. `entry` or `build` is set, or neither if all its tensors pass through."""
-
-    def __init__(self, source: Source, request: Request) -> None:
-        self.source, self.request = source, request
-        self.native = {info.name: info for info in native_names(source.tensors.values(), request)}
-        self.entry: StoredEntry | None = None
-        self.records: dict[str, dict[str, Any]] = {}
-        self.build: Build | None = None
-        self.pipeline: Pipeline | None = None
-        self.checked: set[str] = set()
-        self.lock = threading.RLock()
-
-    def serve(self, entry: StoredEntry) -> None:
-        self.entry = entry
-        self.records = {record["name"]: record for record in entry.header.records}
-
-    def names(self) -> list[str]:
-        stored = list(self.records) if self.entry else [job.info.name for job in self.build.jobs] if self.build else []
-        return [*stored, *self.native]
-
-
 class Model(Mapping[str, Tensor]):
     """Map tensor names to tensors, in layer order. Close it, or use it in a `with`.
 
@@ -89,15 +66,14 @@ class Model(Mapping[str, Tensor]):
         path: as given to `load`.
     """
 
-    def __init__(self, path: Path, shards: list[_Shard], cache: Cache | None, options: _Options, *, own: bool) -> None:
+    def __init__(self, path: Path, shards: list[Shard], cache: Cache | None, options: Options, *, own: bool) -> None:
         self.path = path
         self._shards, self._cache, self._options, self._own_cache = shards, cache, options, own
         self._pipelines: list[Pipeline] = []
         builds = [shard.build for shard in shards if shard.build]
         self.hit = not builds
         if builds:
-            pipeline = Pipeline(builds, threads=options.threads, progress=options.progress)
-            self._pipelines.append(pipeline)
+            pipeline = self._pipeline(builds)
             for shard in shards:
                 shard.pipeline = pipeline if shard.build else None
         self._home = {name: shard for shard in shards for name in shard.names()}
@@ -136,61 +112,71 @@ class Model(Mapping[str, Tensor]):
             self._given[name] = self._make(shard, name)
         return self._given[name]
 
-    def _make(self, shard: _Shard, name: str) -> Tensor:
+    def _make(self, shard: Shard, name: str) -> Tensor:
         if name in shard.native:
             return _native(shard.source, shard.native[name])
-        with shard.lock:
-            first = True
-            while shard.entry is not None:
-                record, entry = shard.records[name], shard.entry
-                keys = list(record["parts"].values())
-                if self._options.verify == "off" or self._intact(shard, entry, keys):
-                    return _tensor(record, {key: _array(entry, key) for key in keys})
-                self._rebuild(shard, f"tensor {name!r} is not what was stored", store=first)
-                first = False
-        assert shard.build is not None and shard.pipeline is not None
-        task = shard.pipeline.wait_for(shard.build, name)
-        arrays = {}
-        for slot in task.job.slots:
-            raw = np.frombuffer(task.target.view(slot.key), np.uint8) if slot.nbytes else np.empty(0, np.uint8)
-            arrays[slot.key] = raw.view(array_dtype(slot.dtype)).reshape(slot.shape)
-        return _tensor(task.job.record(), arrays)
+        with working_for(self._options.profile):
+            with shard.lock:
+                first = True
+                while shard.stored is not None:
+                    try:
+                        found = shard.arrays(name)
+                    except DamagedError as error:
+                        self._rebuild(shard, str(error), store=first)
+                        first = False
+                    else:
+                        assert found is not None
+                        return _tensor(*found)
+            return _tensor(*shard.built(name))
 
-    def _intact(self, shard: _Shard, entry: StoredEntry, keys: list[str]) -> bool:
-        for key in keys:
-            if key not in shard.checked:
-                if not entry.intact(key):
-                    return False
-                shard.checked.add(key)
-        return True
-
-    def _rebuild(self, shard: _Shard, why: str, *, store: bool) -> None:
+    def _rebuild(self, shard: Shard, why: str, *, store: bool) -> None:
         """Quarantine a shard's entry and build it again; what was handed out before stays as it is, and was right.
 
         An entry that cannot be moved away, or a second one that is damaged, is built again in memory.
         """
-        entry = shard.entry
-        assert entry is not None and self._cache is not None
-        moved = entry.replaced() or self._cache.damaged(entry.key, why)
-        shard.entry = None
-        _start(shard, self._cache if moved and store else None, self._options, time.time_ns())
-        if shard.entry is None and shard.build is not None:
-            shard.pipeline = Pipeline([shard.build], threads=self._options.threads, progress=self._options.progress)
-            self._pipelines.append(shard.pipeline)
+        assert self._cache is not None
+        moved = shard.quarantine(self._cache, why)
+        shard.start(self._cache if moved and store else None, time.time_ns())
+        if shard.stored is None and shard.build is not None:
+            shard.pipeline = self._pipeline([shard.build])
             self.hit = False
-        elif shard.entry is not None:
-            shard.checked.clear()
+
+    def _pipeline(self, builds: list[Build]) -> Pipeline:
+        options = self._options
+        made = Pipeline(builds, threads=options.threads, progress=options.progress, profile=options.profile)
+        self._pipelines.append(made)
+        return made
 
     def layers(self) -> Iterator[dict[str, Tensor]]:
         """Yield the tensors of one layer after the other: embeddings, numbered layers, the rest.
 
-        The first is usable before later ones are ready.
+        The first is usable before later ones are ready. While a layer is worked with, the next one is read and checked.
         """
-        layers: dict[tuple[int, str, int], list[str]] = {}
+        grouped: dict[tuple[int, str, int], list[str]] = {}
         for name in self._names:
-            layers.setdefault(layer_key(name), []).append(name)
-        for names in layers.values():
+            grouped.setdefault(layer_key(name), []).append(name)
+        layers = list(grouped.values())
+        for names, following in zip(layers, [*layers[1:], []], strict=True):
+            self.prefetch(following)
             yield {name: self[name] for name in names}
+
+    def prefetch(self, names: Iterable[str] | None = None) -> None:
+        """Begin to read tensors, and to check their digests, on all cores; return at once.
+
+        On a hit nothing is read before it is asked for: this asks for it. On a miss everything is under way already.
+
+        Args:
+            names: which, in the order in which they will be wanted; all if None.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        wanted: dict[int, list[str]] = {}
+        for name in self._names if names is None else names:
+            wanted.setdefault(id(self._home[name]), []).append(name)
+        for shard in self._shards:
+            if found := wanted.get(id(shard)):
+                shard.read_ahead(found)
 
     # ---- what it is ----
 
@@ -234,6 +220,11 @@ class Model(Mapping[str, Tensor]):
         """Why parts of the model are not stored; complete once it is closed."""
         return [shard.build.unsaved for shard in self._shards if shard.build and shard.build.unsaved]
 
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds that the load has taken so far, by phase, of all threads together: see quantcache.trace.PHASES."""
+        return self._options.profile.seconds
+
     # ---- the end ----
 
     def finish(self) -> None:
@@ -271,6 +262,8 @@ class Model(Mapping[str, Tensor]):
         self._end()
 
     def _end(self) -> None:
+        self._options.pool.close()
+        trace.flush()
         if self._cache is not None and self._own_cache:
             self._cache.close()
 
@@ -302,15 +295,6 @@ def _close_all() -> None:
                 model.cancel()
             else:
                 model.close()
-
-
-@dataclass(frozen=True)
-class _Options:
-    request: Request
-    mode: str
-    verify: str
-    threads: int
-    progress: Callable[[Progress], Any] | None
 
 
 def load(
@@ -362,28 +346,31 @@ def load(
     seen_ns = time.time_ns()
     if isinstance(lora, str | os.PathLike):
         raise UsageError(f"lora={lora!r}: it is a list of adapters")
-    adapters = [open_adapter(*paired(given)) for given in lora or ()]
-    sources = open_checkpoint(path, names)
-    changes = resolve_changes(adapters, sources)
-    store, own = _open_cache(cache, settings["mode"])
-    entries = [  # a load without a store needs no key
-        key_entry(adapter, known_digest(adapter.source, store, settings["threads"] or default_threads(), seen_ns), changes)
-        for adapter in adapters
-        if store is not None
-    ]
-    request = Request(recipe, changes, tuple(entries), tuple((str(a.source.path.resolve()), a.alpha) for a in adapters), str(Path(path).resolve()))
-    options = _Options(request, settings["mode"], settings["verify"], settings["threads"], progress)
-    shards = []
-    try:
-        for source in sources:
-            shard = _Shard(source, request)
-            shards.append(shard)
-            _start(shard, store, options, seen_ns)
-    except BaseException:
-        for shard in shards:
-            if shard.build is not None:
-                shard.build.drop()
-        raise
+    profile = Profile()
+    with working_for(profile), span("open"):
+        adapters = [open_adapter(*paired(given)) for given in lora or ()]
+        sources = open_checkpoint(path, names)
+        changes = resolve_changes(adapters, sources)
+        store, own = _open_cache(cache, settings["mode"])
+        entries = [  # a load without a store needs no key
+            key_entry(adapter, known_digest(adapter.source, store, settings["threads"] or default_threads(), seen_ns), changes)
+            for adapter in adapters
+            if store is not None
+        ]
+        request = Request(recipe, changes, tuple(entries), tuple((str(a.source.path.resolve()), a.alpha) for a in adapters), str(Path(path).resolve()))
+        pool = Pool(settings["threads"] or default_threads(), profile)
+        options = Options(request, settings["mode"], settings["verify"], settings["threads"], progress, profile, pool)
+        shards = []
+        try:
+            for source in sources:
+                shard = Shard(source, options)
+                shards.append(shard)
+                shard.start(store, seen_ns)
+        except BaseException:
+            for shard in shards:
+                if shard.build is not None:
+                    shard.build.drop()
+            raise
     model = Model(Path(path), shards, store, options, own=own)
     for shard in shards:
         if shard.entry is not None and store is not None:
@@ -406,83 +393,6 @@ def _open_cache(cache: Cache | str | os.PathLike[str] | None, mode: str) -> tupl
         if mode != "readonly":
             warnings.warn(f"loading without a cache: {error.message}", QuantcacheWarning, stacklevel=3)
         return None, False
-
-
-def _start(shard: _Shard, cache: Cache | None, options: _Options, seen_ns: int) -> None:
-    """Give a shard its entry, or the build that makes it."""
-    source, request = shard.source, shard.request
-    if all(name in shard.native for name in source.tensors):
-        return
-    stamp = Stamp.of(source.file.stat)
-    found: str | None = None
-    release: Callable[[], None] | None = None
-    staged: StagedEntry | None = None
-    jobs = None
-    unsaved: CacheError | None = None
-    if cache is not None:
-        found = _look(shard, cache, options, stamp, seen_ns, None)
-        if shard.entry is not None:
-            return
-        if options.mode != "readonly" and not cache.readonly:
-            mark = fingerprint(source.file.memory)  # the digest may not be known before the build has taken it
-            name = digest(canonical([mark, request.key_document("", source.file.nbytes, source.reading())]).encode()).hex()
-            try:
-                release = cache.acquire(name)
-                found = _look(shard, cache, options, stamp, seen_ns, found)
-                if shard.entry is not None:
-                    release()
-                    return
-                jobs = plan(source, request)
-                staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
-            except CacheError as error:
-                unsaved = error
-                _unsaved(cache, source, error)
-            except BaseException:
-                if release:
-                    release()
-                raise
-        else:
-            unsaved = StoreReadOnlyError(f"the store {cache.root} is read-only")
-            if options.mode != "readonly":
-                _unsaved(cache, source, unsaved)
-    if jobs is None:
-        jobs = plan(source, request)
-    shard.build = Build(source, request, jobs, cache if staged else None, staged, found, release, stamp, seen_ns)
-    shard.build.unsaved = unsaved
-
-
-def _look(
-    shard: _Shard, cache: Cache, options: _Options, stamp: Stamp, seen_ns: int, found: str | None
-) -> str | None:
-    """Find the shard's entry; return the source's digest, `found` if it is known, else if it had to be taken."""
-    source = shard.source
-    found = found or cache.source_digest(stamp)
-    if found is None and cache.knows(fingerprint(source.file.memory)):
-        found = known_digest(source, cache, options.threads or default_threads(), seen_ns)
-    if found is None or options.mode == "refresh":
-        return found
-    entry = cache.find(shard.request.key_document(found, source.file.nbytes, source.reading()))
-    if entry is not None and options.verify == "open":
-        with ThreadPoolExecutor(options.threads or default_threads()) as pool:
-            wrong = [key for key, fine in zip(entry.header.slots, pool.map(entry.intact, entry.header.slots), strict=True) if not fine]
-        if wrong:
-            cache.damaged(entry.key, f"tensor {wrong[0]!r} is not what was stored")
-            return found
-        shard.checked = set(entry.header.slots)
-    if entry is not None:
-        shard.serve(entry)
-    return found
-
-
-def _unsaved(cache: Cache, source: Source, error: CacheError) -> None:
-    cache.complain(f"{source.path.name} is loaded but not saved: {error.message}")
-
-
-def _array(entry: StoredEntry, key: str) -> Array:
-    slot = entry.header.slots[key]
-    if not slot.nbytes:
-        return np.empty(slot.shape, array_dtype(slot.dtype))
-    return np.frombuffer(entry.view(key), np.uint8).view(array_dtype(slot.dtype)).reshape(slot.shape)
 
 
 def _view_shape(record: Mapping[str, Any]) -> tuple[int, ...]:

@@ -238,4 +238,5 @@ def plan(source: Source, request: Request) -> list[Job]:
 
 def native_names(tensors: Iterable[TensorInfo], request: Request) -> list[TensorInfo]:
     """Return the tensors that are views of the source."""
-    return [info for info in tensors if request.decide(info).codec == "native"]
+    passing = request.recipe.passes_elements  # else only blocks can be, and nothing else need be looked at
+    return [info for info in tensors if (passing or info.is_block) and request.decide(info).codec == "native"]

@@ -133,6 +133,11 @@ class Recipe:
         rules = [Rule(str(pattern), str(codec_id), int(exponent)) for pattern, codec_id, exponent in document["rules"]]
         return cls(rules, other=document["other"], native=document["native"])
 
+    @property
+    def passes_elements(self) -> bool:
+        """Whether tensors of plain element types, too, may pass through as they are."""
+        return self.other == "native"
+
     def canonical(self) -> dict[str, Any]:
         """Return what of the recipe belongs in the key."""
         return {

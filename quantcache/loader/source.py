@@ -182,7 +182,7 @@ class Source:
         info = self.tensors[name]
         if not info.is_known:
             raise SourceError(f"has the unknown {info.dtype}", path=self.path, tensor=name, offset=info.offset)
-        raw = self._little_endian(info, self.raw(info))
+        raw = self.little_endian(info, self.raw(info))
         raw.flags.writeable = False
         if info.is_block:
             rows = info.shape[:-1] if len(info.shape) > 1 else (1,)
@@ -190,22 +190,28 @@ class Source:
         array = raw.view(array_dtype(info.dtype)).reshape(info.shape)
         return array.swapaxes(-1, -2) if info.transposed else array
 
-    def piece(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return the bytes of some weights, faulted in and little-endian; a view wherever that is possible.
+    def extent(self, info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
+        """Return where some weights stand in the file: first byte, and the one behind the last.
 
         Args:
             info: the tensor.
             start, stop: first weight and the one behind the last, at whole blocks.
+        """
+        block, nbytes = BLOCKS[info.dtype] if info.is_block else (1, ITEMSIZE[info.dtype])
+        return info.offset + start // block * nbytes, info.offset + stop // block * nbytes
+
+    def piece(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return the bytes of some weights, faulted in and little-endian; a view wherever that is possible.
 
         Raises:
             SourceError: the disk failed, or the file has become shorter.
         """
-        block, nbytes = BLOCKS[info.dtype] if info.is_block else (1, ITEMSIZE[info.dtype])
-        first, last = start // block * nbytes, stop // block * nbytes
-        self.file.populate(info.offset + first, last - first)
-        return self._little_endian(info, self.raw(info)[first:last])
+        first, last = self.extent(info, start, stop)
+        self.file.populate(first, last - first)
+        return self.little_endian(info, self.file.bytes[first:last])
 
-    def _little_endian(self, info: TensorInfo, raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def little_endian(self, info: TensorInfo, raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return bytes of a tensor as a little-endian file has them: themselves, if this is one."""
         if not self.big_endian:
             return raw
         if info.is_block:

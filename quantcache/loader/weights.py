@@ -18,8 +18,9 @@ from quantcache.quant import merge
 from quantcache.quant.blocks import decode
 from quantcache.quant.codec import Scratch
 from quantcache.tensor import TensorInfo, array_dtype
+from quantcache.trace import span
 
-__all__ = ["read"]
+__all__ = ["widened"]
 
 Array = NDArray[Any]
 
@@ -27,36 +28,38 @@ Array = NDArray[Any]
 _PIECE = 1 << 20
 
 
-def read(source: Source, job: Job, start: int, stop: int, scratch: Scratch) -> Array:
-    """Return flat weights as the job's encoder wants them; a view of the mapped file where that is possible.
+def widened(raw: Array, job: Job, start: int, scratch: Scratch) -> Array:
+    """Return flat weights as the job's encoder wants them: the bytes themselves, or float32 with all changes.
 
     Args:
-        source: of the tensor.
-        job: says what becomes of it.
-        start, stop: first weight and the one behind the last, at whole blocks.
+        raw: bytes of the source, little-endian, from a whole block on.
+        job: says what becomes of them.
+        start: first weight.
         scratch: the calling thread's buffers; the result may lie in them.
 
     Raises:
-        SourceError: the source, or an adapter, cannot be read.
+        SourceError: an adapter cannot be read.
     """
     info = job.info
     if job.as_stored:
-        return source.piece(info, start, stop).view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype))
-    wide = scratch.array("weights", np.float32, stop - start)
-    if info.is_block:
-        decode(info.dtype, source.piece(info, start, stop), wide, "F32")
-    else:
-        _widen(source, info, start, stop, wide)
-    for change in job.changes:
-        _apply(change, info, start, wide, scratch)
+        return raw.view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype))
+    wide = scratch.array("weights", np.float32, min(job.tile, job.size - start))
+    with span("decode", raw.nbytes, info.name):
+        if info.is_block:
+            decode(info.dtype, raw, wide, "F32")
+        else:
+            _widen(raw, info, wide)
+    if job.changes:
+        with span("merge", wide.nbytes, info.name):
+            for change in job.changes:
+                _apply(change, info, start, wide, scratch)
     if job.decision.exponent:
         with np.errstate(over="ignore", under="ignore"):
             np.ldexp(wide, job.decision.exponent, out=wide)
     return wide
 
 
-def _widen(source: Source, info: TensorInfo, start: int, stop: int, out: Array) -> None:
-    piece = source.piece(info, start, stop)
+def _widen(piece: Array, info: TensorInfo, out: Array) -> None:
     merge.widen(piece.view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype)), info.dtype, out)
 
 
@@ -70,12 +73,12 @@ def _apply(change: Change, info: TensorInfo, start: int, wide: Array, scratch: S
     if info.transposed != change.transposed:
         # a matrix that one file has the other way round: these are small, and are turned whole
         whole = np.empty(other.size, np.float32)
-        _widen(change.source, other, 0, other.size, whole)
+        _widen(change.source.piece(other, 0, other.size), other, whole)
         turned = whole.reshape(*info.shape[:-2], info.shape[-1], info.shape[-2]).swapaxes(-1, -2).reshape(-1)
         given = turned[start : start + wide.size]
     else:
         given = scratch.array("adapter", np.float32, wide.size)
-        _widen(change.source, other, start, start + wide.size, given)
+        _widen(change.source.piece(other, start, start + wide.size), other, given)
     if change.kind == DIFFERENCE:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             wide += np.float32(change.scale) * given

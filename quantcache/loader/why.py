@@ -12,8 +12,9 @@ from quantcache.cache.explain import Explanation, explain
 from quantcache.cache.key import RACY_NS, Stamp
 from quantcache.cache.store import Cache
 from quantcache.loader.changes import key_entry, resolve
+from quantcache.loader.digests import known_digest
 from quantcache.loader.lora import Alpha, open_adapter, paired
-from quantcache.loader.pipeline import default_threads, known_digest
+from quantcache.loader.pipeline import default_threads
 from quantcache.loader.plan import Request, native_names
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import open_checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcache.errors import QuantcacheError, UsageError
-from quantcache.render import Output, ago, seconds, size
+from quantcache.render import Output, ago, phases, seconds, size
 from quantcache.verbs.common import arg, as_json, open_cache, rows_of, verb
 
 __all__: list[str] = []
@@ -69,11 +69,14 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
             if not saved and model.unsaved:
                 code = model.unsaved[0].exit_code
             done.append({"path": str(path), "state": state, "hit": model.hit, "seconds": round(took, 3), "size": stored,
-                         "source_size": came, "tensors": len(reports), "quantized": quantized, "keys": model.keys_in_store})  # fmt: skip
+                         "source_size": came, "tensors": len(reports), "quantized": quantized, "keys": model.keys_in_store,
+                         "phases": {phase: round(spent, 4) for phase, spent in model.phases.items()}})  # fmt: skip
             if not output.as_json:
                 print(f"{state:9} {path}  {options.quant}: {size(came)} -> {size(stored)}, "
                       f"{quantized} of {len(reports)} tensors quantized, {seconds(took)}")  # fmt: skip
                 sys.stdout.flush()
+                if options.verbose and model.phases:
+                    output.words(f"{'':9} of all threads: {phases(model.phases)}")
     if output.as_json:
         output.document(models=done)
     return 0 if not failed else code if failed == len(options.paths) else 3
@@ -127,10 +130,12 @@ def _info(options: argparse.Namespace, output: Output) -> int:
     tensors = [{"name": r["name"], "codec": r["codec"], "shape": r["shape"], "source_type": r["dtype"], "reason": r.get("reason")}
                for r in header.records]  # fmt: skip
     if output.as_json:
-        output.document(entry=as_json(row, pinned) | {"file": str(file), "document": header.document}, tensors=tensors)
+        known = {"file": str(file), "document": header.document, "phases": header.built.get("phases", {})}
+        output.document(entry=as_json(row, pinned) | known, tensors=tensors)
         return 0
     for name, value in (("key", row.key), ("file", file), ("recipe", row.recipe), ("size", size(row.nbytes)),
                         ("source", row.source_path), ("source size", size(row.source_nbytes)), ("built", f"{ago(row.created_s)}, in {seconds(row.build_s)}"),
+                        ("all threads", phases(header.built.get("phases", {}))),
                         ("used", f"{ago(row.used_s)}, {row.hits} hits"), ("pinned", "yes" if row.key in pinned else "no")):  # fmt: skip
         print(f"{name:12} {value}")
     for adapter in header.document.get("adapters", ()):

@@ -13,7 +13,7 @@ import pytest
 
 from quantcache.cache.key import CHUNK, RACY_NS, Stamp, canonical, combine, digest, fingerprint, key_of
 from quantcache.errors import UsageError
-from quantcache.loader.pipeline import source_digest
+from quantcache.loader.digests import source_digest
 from quantcache.loader.plan import Request
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source

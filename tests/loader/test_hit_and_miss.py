@@ -392,10 +392,10 @@ def test_disk_fills_up_between_the_tiles_of_one_tensor(
 
     real = StagedEntry.write
 
-    def refuse(self: StagedEntry, key: str, position: int, buffer: Any) -> None:
+    def refuse(self: StagedEntry, key: str, position: int, buffer: Any, found: bytes = b"") -> None:
         if key.startswith("blocks.2"):
             raise CacheError("full")
-        real(self, key, position, buffer)
+        real(self, key, position, buffer, found)
 
     monkeypatch.setattr(StagedEntry, "write", refuse)
     for name in content:  # whichever is asked for first, in whatever state the others are

@@ -1,0 +1,216 @@
+"""Own how stored tensors come into memory: read and checked by the piece, on all cores, ahead of whoever will ask.
+
+Every tensor is brought once: what somebody asks for while a thread is at it is waited for, and the asker takes pieces of
+it meanwhile. Pages are faulted in by the kernel, which reports what cannot be read instead of killing; of the ways
+to read ahead from a cold disk this is the fastest here (docs/decisions/0010-hits.md). Knows bytes and digests, no codec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from quantcache.cache.blobs import StoredEntry
+from quantcache.cache.key import combine, digest
+from quantcache.errors import SourceError
+from quantcache.loader.mapping import MappedFile, is_cached, populate
+from quantcache.trace import Profile, span, working_for
+
+__all__ = ["Pool", "Stored", "read_ahead"]
+
+#: Bytes of a piece, in whole chunks of the digest: large enough that a lock a piece does not count.
+_PIECE = 2 << 20
+#: Pieces from which on waking other threads for one tensor is worth it: 16 MB take a core 2 ms.
+_HELP = 8
+#: A thread without work ends after this.
+_IDLE_S = 2.0
+
+
+class _Bringing:
+    """One tensor on its way into memory. All fields but `work` are guarded by the pool's lock."""
+
+    __slots__ = ("fine", "left", "waiting", "work")
+
+    def __init__(self, pieces: int, work: Callable[[int], bool]) -> None:
+        self.waiting = deque(range(pieces))
+        self.left = pieces
+        self.fine = True
+        self.work = work
+
+
+class Pool:
+    """Bring tensors into memory on threads of its own, started when there is something to do.
+
+    Args:
+        threads: how many.
+        profile: of the load.
+    """
+
+    def __init__(self, threads: int, profile: Profile | None = None) -> None:
+        self._count, self._profile = threads, profile
+        self._changed = threading.Condition()
+        self._queue: deque[_Bringing] = deque()
+        self._alive = 0
+        self._closed = False
+        #: a child of fork has no threads, and must not wait for those of its parent
+        self.process = os.getpid()
+
+    def ask(self, tensors: Iterable[_Bringing], *, first: bool = False) -> None:
+        """Queue tensors; return at once. Nothing is done any more after `close`."""
+        with self._changed:
+            if self._closed or self.process != os.getpid():
+                return
+            (self._queue.extendleft if first else self._queue.extend)(tensors)
+            pieces = sum(len(tensor.waiting) for tensor in self._queue)
+            while self._alive < min(self._count, pieces):
+                self._alive += 1
+                threading.Thread(target=self._work, name=f"quantcache-ahead-{self._alive}", daemon=True).start()
+            self._changed.notify_all()
+
+    def wait(self, tensors: list[_Bringing]) -> bool:
+        """Bring tensors now, with the threads' help where that is worth it; return whether all are fine."""
+        with self._changed:
+            big = [tensor for tensor in tensors if len(tensor.waiting) >= _HELP and tensor not in self._queue]
+        if big and self._count > 1:
+            self.ask(big, first=True)
+        for tensor in tensors:
+            while self._step(tensor):
+                pass
+            with self._changed:
+                while tensor.left:
+                    self._changed.wait()
+        return all(tensor.fine for tensor in tensors)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        with self._changed:
+            self._closed = True
+            self._queue.clear()
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        with working_for(self._profile):
+            while True:
+                with self._changed:
+                    while self._queue and not self._queue[0].waiting:
+                        self._queue.popleft()
+                    if not self._queue and (self._closed or not self._changed.wait(_IDLE_S)):
+                        self._alive -= 1
+                        return
+                    tensor = self._queue[0] if self._queue else None
+                if tensor is not None:
+                    with contextlib.suppress(Exception):  # the tensor is not fine then: whoever asks for it is told
+                        self._step(tensor)
+
+    def _step(self, tensor: _Bringing) -> bool:
+        """Bring one piece of a tensor; return whether there was one."""
+        with self._changed:
+            if not tensor.waiting:
+                return False
+            number = tensor.waiting.popleft()
+        fine = False
+        try:
+            fine = tensor.work(number)
+        finally:
+            with self._changed:
+                tensor.left -= 1
+                tensor.fine = tensor.fine and fine
+                if not tensor.left:
+                    self._changed.notify_all()
+        return True
+
+
+class Stored:
+    """Bring the tensors of a stored entry, each once.
+
+    Args:
+        entry: the entry.
+        pool: does it.
+        check: digests are compared, too.
+    """
+
+    def __init__(self, entry: StoredEntry, pool: Pool, *, check: bool) -> None:
+        self.entry = entry
+        self._pool, self._check = pool, check
+        self._address = np.frombuffer(entry.memory, np.uint8).__array_interface__["data"][0]
+        self._lock = threading.Lock()
+        self._tensors: dict[str, _Bringing] = {}
+        self._fine: set[str] = set()  # small ones, checked by whoever asked
+
+    def read_ahead(self, keys: Iterable[str]) -> None:
+        """Begin to bring tensors."""
+        with self._lock:
+            new = [self._bringing(key) for key in keys if key not in self._tensors and self._wanting(key)]
+        self._pool.ask(new)
+
+    def _wanting(self, key: str) -> bool:
+        """Return whether reading ahead does something for a tensor: if it is to be checked, or is not in the page cache."""
+        return self._check or not is_cached(self._address + self.entry.header.offsets[key], self.entry.header.slots[key].nbytes)
+
+    def intact(self, keys: Iterable[str]) -> bool:
+        """Return whether tensors are what was stored, once they are in memory; True at once if that is not checked."""
+        if not self._check:
+            return True
+        big = []
+        for key in keys:
+            if key in self._fine:
+                continue
+            if key in self._tensors or self.entry.header.slots[key].nbytes >= _PIECE:
+                big.append(key)
+            elif self.entry.intact(key):
+                self._fine.add(key)
+            else:
+                return False
+        if self._pool.process != os.getpid():
+            return all(self.entry.intact(key) for key in big)
+        with self._lock:
+            wanted = [self._tensors.get(key) or self._bringing(key) for key in big]
+        return not wanted or self._pool.wait(wanted)
+
+    def _bringing(self, key: str) -> _Bringing:
+        slot = self.entry.header.slots[key]
+        chunks, each = slot.chunks, max(1, _PIECE // slot.chunk)
+        found: list[bytes] = [b""] * chunks
+        start = self.entry.header.offsets[key]
+        cached = is_cached(self._address + start, slot.nbytes)
+
+        def work(number: int) -> bool:
+            first, last = number * each, min((number + 1) * each, chunks)
+            begin, end = start + first * slot.chunk, start + min(last * slot.chunk, slot.nbytes)
+            if not cached:
+                with span("read", end - begin, key):
+                    if populate(self._address + begin, end - begin):
+                        return False
+            if not self._check:
+                return True
+            with span("verify", end - begin, key):
+                for chunk in range(first, last):
+                    at = start + chunk * slot.chunk
+                    found[chunk] = digest(self.entry.memory[at : min(at + slot.chunk, end)])
+                return all(found) is False or combine(found) == self.entry.header.digests[key]
+
+        tensor = self._tensors[key] = _Bringing(-(-chunks // each), work)
+        if not chunks:
+            tensor.fine = combine([]) == self.entry.header.digests[key]
+        return tensor
+
+
+def read_ahead(file: MappedFile, ranges: Iterable[tuple[int, int]], pool: Pool) -> None:
+    """Begin to bring ranges of a source file, as (first byte, number of bytes), for tensors that are views of it."""
+
+    def bringing(offset: int, nbytes: int) -> _Bringing:
+        def work(number: int) -> bool:
+            try:
+                file.populate(offset + number * _PIECE, min(_PIECE, nbytes - number * _PIECE))
+            except SourceError:
+                return False  # whoever asks for the tensor is told
+            return True
+
+        return _Bringing(-(-nbytes // _PIECE), work)
+
+    pool.ask([bringing(offset, nbytes) for offset, nbytes in ranges])

@@ -1,0 +1,207 @@
+"""Own one file of a checkpoint while it is loaded: served from a stored entry, built anew, or passed through as it is.
+
+A stored tensor whose digest is wrong turns its shard from the first into the second, before anybody saw a byte of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantcache.cache.blobs import StagedEntry, StoredEntry
+from quantcache.cache.key import Stamp, canonical, digest, fingerprint
+from quantcache.cache.store import Cache
+from quantcache.errors import CacheError, StoreReadOnlyError
+from quantcache.loader.ahead import Pool, Stored, read_ahead
+from quantcache.loader.digests import known_digest
+from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads
+from quantcache.loader.plan import Request, native_names, plan
+from quantcache.loader.source import Source
+from quantcache.tensor import array_dtype
+from quantcache.trace import Profile
+
+__all__ = ["DamagedError", "Options", "Shard"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hold what `load` was asked for, and what serves all files of one load.
+
+    Args:
+        request, mode, verify, threads, progress: see there.
+        profile: adds up where the time goes.
+        pool: reads ahead.
+    """
+
+    request: Request
+    mode: str
+    verify: str
+    threads: int
+    progress: Callable[[Progress], Any] | None
+    profile: Profile
+    pool: Pool
+
+
+class Shard:
+    """Serve one file. `stored` or `build` is set, or neither if all its tensors pass through.
+
+    Args:
+        source: the file.
+        options: of the load.
+    """
+
+    def __init__(self, source: Source, options: Options) -> None:
+        self.source, self.options, self.request = source, options, options.request
+        self.native = {info.name: info for info in native_names(source.tensors.values(), self.request)}
+        self.stored: Stored | None = None
+        self.records: dict[str, dict[str, Any]] = {}
+        self.build: Build | None = None
+        self.pipeline: Pipeline | None = None
+        self.lock = threading.RLock()
+
+    @property
+    def entry(self) -> StoredEntry | None:
+        """The entry that serves it."""
+        return self.stored.entry if self.stored else None
+
+    def names(self) -> list[str]:
+        """Return the names of its tensors."""
+        stored = list(self.records) if self.stored else [job.info.name for job in self.build.jobs] if self.build else []
+        return [*stored, *self.native]
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Begin to bring tensors into memory, and to check them; a build is at it anyway."""
+        stored, pool = self.stored, self.options.pool
+        infos = []
+        for name in names:
+            if name in self.native:
+                infos.append(self.native[name])
+            elif stored is not None and name in self.records:
+                stored.read_ahead(self.records[name]["parts"].values())
+        if infos:
+            read_ahead(self.source.file, [(info.offset, info.nbytes) for info in infos], pool)
+
+    def arrays(self, name: str) -> tuple[dict[str, Any], dict[str, Array]] | None:
+        """Return a stored tensor's record and its arrays, checked as the load was asked to; None if it must be built.
+
+        Raises:
+            DamagedError: it is not what was stored.
+        """
+        if self.stored is None:
+            return None
+        record, stored = self.records[name], self.stored
+        keys = list(record["parts"].values())
+        if not stored.intact(keys):
+            raise DamagedError(f"tensor {name!r} is not what was stored")
+        return record, {key: _array(stored.entry, key) for key in keys}
+
+    def built(self, name: str) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return the same of the build that is under way, as soon as it is quantized.
+
+        Raises:
+            SourceError, Cancelled: it cannot be.
+        """
+        assert self.build is not None and self.pipeline is not None
+        task = self.pipeline.wait_for(self.build, name)
+        arrays = {}
+        for slot in task.job.slots:
+            raw = np.frombuffer(task.target.view(slot.key), np.uint8) if slot.nbytes else np.empty(0, np.uint8)
+            arrays[slot.key] = raw.view(array_dtype(slot.dtype)).reshape(slot.shape)
+        return task.job.record(), arrays
+
+    def quarantine(self, cache: Cache, why: str) -> bool:
+        """Move the entry that serves it out of the way; return whether that could be done, or somebody else did it."""
+        entry = self.entry
+        assert entry is not None
+        self.stored = None
+        return entry.replaced() or cache.damaged(entry.key, why)
+
+    def start(self, cache: Cache | None, seen_ns: int) -> None:
+        """Find the entry, or prepare the build that makes it.
+
+        Args:
+            cache: where; None for memory.
+            seen_ns: when the source was opened, since the epoch.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+        source, request, options = self.source, self.request, self.options
+        if all(name in self.native for name in source.tensors):
+            return
+        stamp = Stamp.of(source.file.stat)
+        found: str | None = None
+        release: Callable[[], None] | None = None
+        staged: StagedEntry | None = None
+        jobs = None
+        unsaved: CacheError | None = None
+        if cache is not None:
+            found = self._look(cache, stamp, seen_ns, None)
+            if self.stored is not None:
+                return
+            if options.mode != "readonly" and not cache.readonly:
+                mark = fingerprint(source.file.memory)  # the digest may not be known before the build has taken it
+                name = digest(canonical([mark, request.key_document("", source.file.nbytes, source.reading())]).encode()).hex()
+                try:
+                    release = cache.acquire(name)
+                    found = self._look(cache, stamp, seen_ns, found)
+                    if self.stored is not None:
+                        release()
+                        return
+                    jobs = plan(source, request)
+                    staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
+                except CacheError as error:
+                    unsaved = error
+                    _unsaved(cache, source, error)
+                except BaseException:
+                    if release:
+                        release()
+                    raise
+            else:
+                unsaved = StoreReadOnlyError(f"the store {cache.root} is read-only")
+                if options.mode != "readonly":
+                    _unsaved(cache, source, unsaved)
+        if jobs is None:
+            jobs = plan(source, request)
+        self.build = Build(source, request, jobs, cache if staged else None, staged, found, release, stamp, seen_ns)
+        self.build.unsaved = unsaved
+
+    def _look(self, cache: Cache, stamp: Stamp, seen_ns: int, found: str | None) -> str | None:
+        """Find the entry; return the source's digest, `found` if it is known, else if it had to be taken."""
+        source, options = self.source, self.options
+        found = found or cache.source_digest(stamp)
+        if found is None and cache.knows(fingerprint(source.file.memory)):
+            found = known_digest(source, cache, options.threads or default_threads(), seen_ns)
+        if found is None or options.mode == "refresh":
+            return found
+        entry = cache.find(self.request.key_document(found, source.file.nbytes, source.reading()))
+        if entry is not None:
+            stored = Stored(entry, options.pool, check=options.verify != "off")
+            if options.verify == "open" and not stored.intact(entry.header.slots):
+                wrong = next((key for key in entry.header.slots if not stored.intact([key])), "")
+                cache.damaged(entry.key, f"tensor {wrong!r} is not what was stored")
+                return found
+            self.stored, self.records = stored, {record["name"]: record for record in entry.header.records}
+        return found
+
+
+class DamagedError(Exception):
+    """Say what of an entry is not what was stored."""
+
+
+def _unsaved(cache: Cache, source: Source, error: CacheError) -> None:
+    cache.complain(f"{source.path.name} is loaded but not saved: {error.message}")
+
+
+def _array(entry: StoredEntry, key: str) -> Array:
+    slot = entry.header.slots[key]
+    if not slot.nbytes:
+        return np.empty(slot.shape, array_dtype(slot.dtype))
+    return np.frombuffer(entry.view(key), np.uint8).view(array_dtype(slot.dtype)).reshape(slot.shape)

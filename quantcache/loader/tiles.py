@@ -1,0 +1,109 @@
+"""Own the work on one tile: read, decode, merge, quantize; what comes out are pieces of stored tensors.
+
+Knows no threads and no store: a pipeline runs it, and so does whoever compares an entry with its source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantcache.loader import weights
+from quantcache.loader.digests import DigestBehind
+from quantcache.loader.plan import Job
+from quantcache.loader.source import Source
+from quantcache.quant.codec import Scratch, Status
+from quantcache.tensor import ITEMSIZE
+from quantcache.trace import span
+
+__all__ = ["Piece", "encode_tile", "whole_pieces"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Hold contiguous bytes of one stored tensor.
+
+    Args:
+        key: its name in the entry.
+        position: first byte in the tensor.
+        buffer: the bytes; they may lie in a thread's buffers, or in the mapped source.
+    """
+
+    key: str
+    position: int
+    buffer: Any
+
+
+def encode_tile(
+    source: Source, job: Job, start: int, work: Scratch, outputs: Scratch, behind: DigestBehind | None = None
+) -> tuple[Status, list[Piece]]:
+    """Read and quantize one tile.
+
+    Args:
+        source: of the tensor.
+        job: what becomes of it.
+        start: first weight of the tile.
+        work: the calling thread's buffers.
+        outputs: buffers that the pieces may lie in.
+        behind: takes the source's digest.
+
+    Returns:
+        OK and the pieces, or why the job's codec refuses the values.
+
+    Raises:
+        SourceError: the source cannot be read.
+    """
+    info = job.info
+    stop = min(start + job.tile, job.size)
+    if stop <= start:  # an empty tensor
+        return Status.OK, []
+    raw = _read(source, job, start, stop, outputs, behind)
+    if job.encoder is None:
+        return Status.OK, [Piece(info.name, start * ITEMSIZE[info.dtype], raw)]
+    tile = weights.widened(raw, job, start, work)
+    with span("quantize", tile.nbytes, info.name):
+        status, arrays = job.encoder.encode(tile, start, outputs)
+    if status != Status.OK:
+        return status, []
+    pieces = []
+    for part in job.encoder.parts:
+        if part.weights:
+            made = arrays[part.name].view(np.uint8)
+            if not job.as_stored and np.may_share_memory(made, tile):  # the thread's next tile will stand there
+                kept = outputs.array(f"kept {part.name}", np.uint8, made.size)
+                kept[...] = made
+                made = kept
+            pieces.append(Piece(part.key, start // part.weights * ITEMSIZE[part.dtype], made))
+    return status, pieces
+
+
+def _read(
+    source: Source, job: Job, start: int, stop: int, outputs: Scratch, behind: DigestBehind | None
+) -> NDArray[np.uint8]:
+    """Return a tile's bytes, little-endian, in a buffer: what is stored as it is, is stored from there."""
+    first, last = source.extent(job.info, start, stop)
+    raw = outputs.array("source", np.uint8, last - first)
+    if behind is None:
+        source.file.read_into(first, raw.data)
+    else:
+        behind.begin(first, last)
+        try:
+            source.file.read_into(first, raw.data)
+        except BaseException:
+            behind.give_up(first, last)
+            raise
+        behind.feed(first, raw.data)
+    return source.little_endian(job.info, raw)
+
+
+def whole_pieces(job: Job) -> list[Piece]:
+    """Return the parts that are known only after the last tile; to be called once."""
+    if job.encoder is None:
+        return []
+    return [
+        Piece(job.parts[name], 0, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        for name, array in job.encoder.finish().items()
+    ]
