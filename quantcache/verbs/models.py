@@ -8,6 +8,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
                 code = model.unsaved[0].exit_code
             done.append({"path": str(path), "state": state, "hit": model.hit, "seconds": round(took, 3), "size": stored,
                          "source_size": came, "tensors": len(reports), "quantized": quantized, "keys": model.keys_in_store,
-                         "phases": {phase: round(spent, 4) for phase, spent in model.phases.items()}})  # fmt: skip
+                         "phases": _phases(model.phases)})  # fmt: skip
             if not output.as_json:
                 print(f"{state:9} {path}  {options.quant}: {size(came)} -> {size(stored)}, "
                       f"{quantized} of {len(reports)} tensors quantized, {seconds(took)}")  # fmt: skip
@@ -80,6 +81,10 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
     if output.as_json:
         output.document(models=done)
     return 0 if not failed else code if failed == len(options.paths) else 3
+
+
+def _phases(taken: Mapping[str, float]) -> list[dict[str, Any]]:
+    return [{"phase": phase, "seconds": round(spent, 4)} for phase, spent in taken.items()]
 
 
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def _info(options: argparse.Namespace, output: Output) -> int:
     tensors = [{"name": r["name"], "codec": r["codec"], "shape": r["shape"], "source_type": r["dtype"], "reason": r.get("reason")}
                for r in header.records]  # fmt: skip
     if output.as_json:
-        known = {"file": str(file), "document": header.document, "phases": header.built.get("phases", {})}
+        known = {"file": str(file), "document": header.document, "phases": _phases(header.built.get("phases", {}))}
         output.document(entry=as_json(row, pinned) | known, tensors=tensors)
         return 0
     for name, value in (("key", row.key), ("file", file), ("recipe", row.recipe), ("size", size(row.nbytes)),

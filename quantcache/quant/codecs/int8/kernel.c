@@ -4,6 +4,100 @@
 
 enum { GROUP = 128 };
 
+/* The definition itself: the number of i in 1..255 with d > (i - 0.5) * scale, by halving. */
+QC_INLINE uint8_t code_of(float d, float scale) {
+    if (scale == 0.0f) return 0;
+    unsigned code = 0;
+    for (unsigned step = 128; step; step >>= 1)
+        if (d > ((float)(code + step) - 0.5f) * scale) code += step;
+    return (uint8_t)code;
+}
+
+/* Below this 1 / scale may overflow or lose bits: those groups take the definition. */
+#define SMALLEST_FAST_SCALE 1e-30f
+
+#if defined(QC_LANES)
+enum { VECTORS = GROUP / QC_LANES, BATCH = QC_LANES };
+
+typedef struct { float scale[BATCH], bias[BATCH], inverse[BATCH]; int status; } batch_t;
+
+/* Finds the ranges of up to BATCH groups, all at once in the lanes of vectors, and widens them into `x` unless they are
+ * float32 already. */
+QC_INLINE batch_t measure_batch(const void *src, size_t start, size_t count, int element, float *x, int scales_f16) {
+    qf lo[BATCH], hi[BATCH], hint = qf_set(0.0f);
+    for (size_t g = 0; g < BATCH; g++) {
+        if (g >= count) { /* lanes of no group: a range of 0 */
+            lo[g] = hi[g] = qf_set(0.0f);
+            continue;
+        }
+        qf least[2], most[2], sum[2];
+        for (int j = 0; j < VECTORS; j++) {
+            const size_t i = g * GROUP + (size_t)j * QC_LANES;
+            const qf value = qf_element(src, start + i, element);
+            if (element != QC_F32) qf_store(x + i, value);
+            least[j & 1] = j < 2 ? value : qf_min(least[j & 1], value);
+            most[j & 1] = j < 2 ? value : qf_max(most[j & 1], value);
+            sum[j & 1] = j < 2 ? value : qf_add(sum[j & 1], value);
+        }
+        lo[g] = qf_min(least[0], least[1]);
+        hi[g] = qf_max(most[0], most[1]);
+        /* min and max drop a NaN, a sum keeps it; times 0, an Inf becomes one too. A finite sum that overflowed does as
+         * well, so the batch is then looked at exactly. */
+        hint = qf_fma(qf_add(sum[0], sum[1]), qf_set(0.0f), hint);
+    }
+    batch_t batch;
+    batch.status = QC_OK;
+    if (qf_any_nan(hint) && qc_any_nonfinite(src, start, count * GROUP, element)) {
+        batch.status = QC_NONFINITE;
+        return batch;
+    }
+    const qf bottom = qf_reduce_min(lo), top = qf_reduce_max(hi);
+    qf scale = qf_mul(qf_sub(top, bottom), qf_set(1.0f / 255.0f));
+    qf bias = qf_add(bottom, qf_set(0.0f)); /* + 0: of -0 and 0 either may be the minimum */
+    if (qf_where_le(scale, qf_set(3.4028234663852886e38f)) != QC_ALL_LANES) batch.status = QC_NONFINITE; /* a range overflows */
+    if (scales_f16) { /* both must be 0, or normal and finite after rounding */
+        const qf values[2] = {scale, bias};
+        for (int k = 0; k < 2; k++) {
+            const qf rounded = qf_magnitude(qf_round_f16(values[k]));
+            const uint32_t normal = qf_where_le(qf_set(6.103515625e-05f), rounded) & qf_where_le(rounded, qf_set(65504.0f));
+            if ((normal | qf_where_eq(values[k], qf_set(0.0f))) != QC_ALL_LANES) batch.status |= QC_F32_SCALES;
+        }
+        scale = qf_round_f16(scale);
+        bias = qf_round_f16(bias);
+    }
+    if (batch.status & QC_NONFINITE) batch.status = QC_NONFINITE;
+    qf_store(batch.scale, scale);
+    qf_store(batch.bias, bias);
+    qf_store(batch.inverse, qf_div(qf_set(1.0f), scale)); /* of 0: Inf, and not used */
+    return batch;
+}
+
+/* The guess is the answer or one less: a quotient lowered by more than all its rounding errors
+ * (at most 1.1e-4 at 256) and rounded to the nearest integer. One of the comparisons that define
+ * the code puts it right. |d / scale| stays below 2^22: float16 biases are off by at most 2^-11 of
+ * lo, and a range that is not 0 is at least 2^-24 of it. */
+QC_INLINE void code_group(const float *x, float bias_, float scale_, float inverse, uint8_t *codes) {
+    if (scale_ < SMALLEST_FAST_SCALE) {
+        for (int i = 0; i < GROUP; i++) codes[i] = code_of(x[i] - bias_, scale_);
+        return;
+    }
+    const qf bias = qf_set(bias_), scale = qf_set(scale_), half_scale = qf_set(0.5f * scale_);
+    const qf inv = qf_set(inverse), lower = qf_set(-1.0f / 4096.0f), to_integer = qf_set(12582912.0f);
+    for (int j = 0; j < VECTORS; j += 4) {
+        qi q[4];
+        for (int k = 0; k < 4; k++) {
+            const qf d = qf_sub(qf_load(x + (j + k) * QC_LANES), bias);
+            const qf shifted = qf_add(qf_fma(d, inv, lower), to_integer); /* the integer in the low bits */
+            const qf guess = qf_sub(shifted, to_integer);
+            /* halving is exact, so the fused sum is f32((guess + 0.5) * scale), rounded once */
+            const qm above = qf_gt(d, qf_fma(guess, scale, half_scale));
+            q[k] = qi_add_if(qi_sub(qi_bits(shifted), qi_bits(to_integer)), above);
+        }
+        qi_store_u8(codes + j * QC_LANES, q);
+    }
+}
+
+#else
 typedef struct { float scale, bias; int status; } affine_t;
 
 /* A stored number must be 0 or normal and finite in S; `half` is the f16 it was rounded to. */
@@ -25,65 +119,6 @@ QC_INLINE affine_t affine(float lo, float hi, int scales_f16) {
     return a;
 }
 
-/* The definition itself: the number of i in 1..255 with d > (i - 0.5) * scale, by halving. */
-QC_INLINE uint8_t code_of(float d, float scale) {
-    if (scale == 0.0f) return 0;
-    unsigned code = 0;
-    for (unsigned step = 128; step; step >>= 1)
-        if (d > ((float)(code + step) - 0.5f) * scale) code += step;
-    return (uint8_t)code;
-}
-
-/* Below this 1 / scale may overflow or lose bits: those groups take the definition. */
-#define SMALLEST_FAST_SCALE 1e-30f
-
-#if defined(QC_LANES)
-enum { VECTORS = GROUP / QC_LANES, BATCH = 8 };
-
-/* Finds the range of one group and, unless it is float32 already, widens it into `x`. Returns a status. */
-QC_INLINE int measure_group(const void *src, size_t start, int element, float *x, affine_t *out, int scales_f16) {
-    qf lo[2], hi[2], sum[2];
-    for (int j = 0; j < VECTORS; j++) {
-        const qf value = qf_element(src, start + (size_t)j * QC_LANES, element);
-        if (element != QC_F32) qf_store(x + j * QC_LANES, value);
-        lo[j & 1] = j < 2 ? value : qf_min(lo[j & 1], value);
-        hi[j & 1] = j < 2 ? value : qf_max(hi[j & 1], value);
-        sum[j & 1] = j < 2 ? value : qf_add(sum[j & 1], value);
-    }
-    /* min and max drop a NaN, a sum keeps it; times 0, an Inf becomes one too. A finite sum that
-     * overflowed does as well, so the group is then looked at exactly. */
-    const qf hint = qf_mul(qf_add(sum[0], sum[1]), qf_set(0.0f));
-    if (qf_any_nan(hint) && qc_any_nonfinite(src, start, GROUP, element)) return QC_NONFINITE;
-    *out = affine(qf_hmin(qf_min(lo[0], lo[1])), qf_hmax(qf_max(hi[0], hi[1])), scales_f16);
-    return out->status;
-}
-
-/* The guess is the answer or one less: a quotient lowered by more than all its rounding errors
- * (at most 1.1e-4 at 256) and rounded to the nearest integer. One of the comparisons that define
- * the code puts it right. |d / scale| stays below 2^22: float16 biases are off by at most 2^-11 of
- * lo, and a range that is not 0 is at least 2^-24 of it. */
-QC_INLINE void code_group(const float *x, affine_t a, uint8_t *codes) {
-    if (a.scale < SMALLEST_FAST_SCALE) {
-        for (int i = 0; i < GROUP; i++) codes[i] = code_of(x[i] - a.bias, a.scale);
-        return;
-    }
-    const qf bias = qf_set(a.bias), scale = qf_set(a.scale), half_scale = qf_set(0.5f * a.scale);
-    const qf inv = qf_set(1.0f / a.scale), lower = qf_set(-1.0f / 4096.0f), to_integer = qf_set(12582912.0f);
-    for (int j = 0; j < VECTORS; j += 4) {
-        qi q[4];
-        for (int k = 0; k < 4; k++) {
-            const qf d = qf_sub(qf_load(x + (j + k) * QC_LANES), bias);
-            const qf shifted = qf_add(qf_fma(d, inv, lower), to_integer); /* the integer in the low bits */
-            const qf guess = qf_sub(shifted, to_integer);
-            /* halving is exact, so the fused sum is f32((guess + 0.5) * scale), rounded once */
-            const qm above = qf_gt(d, qf_fma(guess, scale, half_scale));
-            q[k] = qi_add_if(qi_sub(qi_bits(shifted), qi_bits(to_integer)), above);
-        }
-        qi_store_u8(codes + j * QC_LANES, q);
-    }
-}
-
-#else
 QC_INLINE int quantize_group(const void *src, size_t start, int element, uint8_t *codes, affine_t *out, int scales_f16) {
     float x[GROUP];
     qc_load_f32(x, src, start, GROUP, element);
@@ -127,21 +162,19 @@ QC_INLINE int quantize(const void *x, size_t n, uint8_t *codes, void *scales, vo
     const int stored = scales_f16 ? QC_F16 : QC_F32;
     int refused = QC_OK; /* the rest is still looked at: a later group may not be finite, which weighs more */
 #if defined(QC_LANES)
-    /* All ranges of a batch before its codes: their long chains of dependent steps then overlap. */
     for (size_t first = 0; first < groups; first += BATCH) {
         const size_t count = groups - first < BATCH ? groups - first : BATCH;
         float widened[BATCH * GROUP];
-        affine_t a[BATCH];
-        for (size_t g = 0; g < count; g++) {
-            const int status = measure_group(x, (first + g) * GROUP, element, widened + g * GROUP, a + g, scales_f16);
-            if (status == QC_NONFINITE) return status;
-            refused |= status;
-            qc_store_element(scales, first + g, a[g].scale, stored);
-            qc_store_element(biases, first + g, a[g].bias, stored);
-        }
+        const batch_t batch = measure_batch(x, first * GROUP, count, element, widened, scales_f16);
+        if (batch.status == QC_NONFINITE) return QC_NONFINITE;
+        refused |= batch.status;
         if (refused) continue;
         const float *wide = element == QC_F32 ? (const float *)x + first * GROUP : widened;
-        for (size_t g = 0; g < count; g++) code_group(wide + g * GROUP, a[g], codes + (first + g) * GROUP);
+        for (size_t g = 0; g < count; g++) {
+            qc_store_element(scales, first + g, batch.scale[g], stored);
+            qc_store_element(biases, first + g, batch.bias[g], stored);
+            code_group(wide + g * GROUP, batch.bias[g], batch.scale[g], batch.inverse[g], codes + (first + g) * GROUP);
+        }
     }
 #else
     for (size_t g = 0; g < groups; g++) {

@@ -113,17 +113,27 @@ QC_INLINE int quantize(const void *x, size_t n, const float *middles, uint8_t *c
     size_t start = 0, block = 0;
 #if defined(QC_LANES)
     const search_t table = search_table(middles);
-    for (; start + BLOCK <= n; start += BLOCK, block++) {
-        qf s[BLOCK / QC_LANES];
-        for (int j = 0; j < BLOCK / QC_LANES; j++) s[j] = qf_element(x, start + (size_t)j * QC_LANES, element);
-        qi top = qi_magnitude(s[0]);
-        for (int j = 1; j < BLOCK / QC_LANES; j++) top = qi_max(top, qi_magnitude(s[j]));
-        const uint32_t bits = qi_hmax(top);
-        if (bits >= 0x7f800000u) return QC_NONFINITE;
-        absmax[block] = qc_float(bits);
-        const qf inv = qf_set(inverse(absmax[block]));
-        for (int j = 0; j < BLOCK / QC_LANES; j++) s[j] = qf_mul(s[j], inv);
-        store_block(codes + start / 2, s, table);
+    /* QC_LANES blocks at a time: their absmax and its inverse are found in the lanes of one vector */
+    for (; start + QC_LANES * BLOCK <= n; start += QC_LANES * BLOCK, block += QC_LANES) {
+        qi top[QC_LANES];
+        for (int b = 0; b < QC_LANES; b++) {
+            const size_t first = start + (size_t)b * BLOCK;
+            top[b] = qi_magnitude(qf_element(x, first, element));
+            for (size_t j = 1; j < BLOCK / QC_LANES; j++) top[b] = qi_max(top[b], qi_magnitude(qf_element(x, first + j * QC_LANES, element)));
+        }
+        const qi bits = qi_reduce_max(top);
+        if (qi_hmax(bits) >= 0x7f800000u) return QC_NONFINITE;
+        const qf most = qf_from_bits(bits);
+        float inverses[QC_LANES];
+        qf_store(absmax + block, most);
+        qf_store(inverses, qf_div(qf_set(1.0f), qf_max(most, qf_set(1e-38f))));
+        for (int b = 0; b < QC_LANES; b++) {
+            const size_t first = start + (size_t)b * BLOCK;
+            const qf inv = qf_set(inverses[b]);
+            qf s[BLOCK / QC_LANES];
+            for (size_t j = 0; j < BLOCK / QC_LANES; j++) s[j] = qf_mul(qf_element(x, first + j * QC_LANES, element), inv);
+            store_block(codes + first / 2, s, table);
+        }
     }
 #endif
     for (; start < n; start += BLOCK, block++) {
