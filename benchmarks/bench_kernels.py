@@ -19,7 +19,7 @@ from common import Row, alternate, arguments, machine, median, table, write_json
 
 from quantcache.quant import native
 from quantcache.quant.codec import Scratch, Status, codec, quantize
-from quantcache.tensor import array_dtype
+from quantcache.tensor import array_dtype, output_for
 
 ROW = 4096
 
@@ -99,7 +99,8 @@ def main() -> None:
     for codec_id in ("nf4", "int8", "int8-row"):
         parts = quantize(codec_id, f16.reshape(-1, ROW))[1]
         shape = (n // ROW, ROW)
-        out = whole.reshape(shape)
+        out = output_for(shape, "F16", None)
+        out.fill(1)
         call = lambda c=codec_id, p=parts, o=out: codec(c).dequantize_into(p, o, "F16")  # noqa: E731
         rows.append(Row(f"{codec_id} to f16", call, parts["codes"].nbytes))
         fresh = lambda c=codec_id, p=parts, s=shape: codec(c).dequantize(p, s, "F16")  # noqa: E731

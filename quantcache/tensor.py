@@ -98,6 +98,10 @@ def float_dtype(dtype: DTypeLike) -> str:
     return name
 
 
+_LINE = 64
+_LARGE = 64 << 10
+
+
 def output_for(shape: tuple[int, ...], dtype: str, out: NDArray[Any] | None) -> NDArray[Any]:
     """Return the array to decode weights into: a new one, or the given one if they fit it.
 
@@ -110,12 +114,22 @@ def output_for(shape: tuple[int, ...], dtype: str, out: NDArray[Any] | None) -> 
         UsageError: `out` has another shape or type, or is not contiguous and writable.
     """
     if out is None:
-        return np.empty(shape, array_dtype(dtype))
+        return _aligned(shape, array_dtype(dtype))
     if out.shape != shape or out.dtype != array_dtype(dtype):
         raise UsageError(f"out is {out.dtype} {out.shape}, the weights are {array_dtype(dtype)} {shape}")
     if not (out.flags.c_contiguous and out.flags.writeable):
         raise UsageError("out must be C-contiguous and writable")
     return out
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return a new array that starts at a cache line: a store that straddles two takes twice as long."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _LARGE:
+        return np.empty(shape, dtype)
+    raw = np.empty(nbytes + _LINE, np.uint8)
+    start = -raw.__array_interface__["data"][0] % _LINE
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,10 @@ QC_EXPORT(qc_nf4_quantize)(const void *x, size_t n, int64_t element, const float
 /* ---- dequantize ----------------------------------------------------------------------------- */
 
 QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, const float *table, void *out, int element) {
+#if defined(QC_AVX512)
+    /* what no cache can hold is written past them: memory is then not read before it is overwritten */
+    const int past_caches = n >= ((size_t)1 << 24) && ((uintptr_t)out & 63) == 0;
+#endif
     for (size_t start = 0, block = 0; start < n; start += BLOCK, block++) {
         const size_t length = n - start < BLOCK ? n - start : BLOCK;
         const uint8_t *packed = codes + start / 2;
@@ -213,7 +217,11 @@ QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, co
             for (; i + 32 <= length; i += 32) {
                 const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(packed + i / 2)));
                 const __m512i index = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
-                _mm512_storeu_si512(y + i, _mm512_permutexvar_epi16(index, values));
+                const __m512i halves = _mm512_permutexvar_epi16(index, values);
+                if (past_caches)
+                    _mm512_stream_si512((__m512i *)(y + i), halves);
+                else
+                    _mm512_storeu_si512(y + i, halves);
             }
 #elif defined(QC_AVX2)
             /* 16 values of 2 bytes are two 16-byte tables: one shuffle gives 16 low bytes, one 16 high bytes */
@@ -246,6 +254,9 @@ QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, co
             for (; i < length; i++) y[i] = value[i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
         }
     }
+#if defined(QC_AVX512)
+    if (past_caches) _mm_sfence();
+#endif
     return QC_OK;
 }
 
