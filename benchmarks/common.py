@@ -23,6 +23,7 @@ class Row:
     name: str
     call: Callable[[], Any]
     nbytes: int
+    slow: bool = False
 
 
 def machine() -> dict[str, Any]:
@@ -46,19 +47,46 @@ def machine() -> dict[str, Any]:
 def alternate(rows: list[Row], rounds: int = 5, prepare: Callable[[], None] | None = None) -> dict[str, list[float]]:
     """Run every contender once a round, after one round that does not count.
 
+    A row whose `slow` is set runs in the first two rounds only.
+
     Returns:
-        name -> seconds of each round.
+        name -> seconds of each round; what a call returns, if it is a number, counts instead of what it took.
     """
     seconds: dict[str, list[float]] = {row.name: [] for row in rows}
     for turn in range(rounds + 1):
         for row in rows:
+            if row.slow and turn not in (0, 1):
+                continue
             if prepare:
                 prepare()
             start = time.perf_counter()
-            row.call()
+            found = row.call()
+            taken = time.perf_counter() - start
             if turn:
-                seconds[row.name].append(time.perf_counter() - start)
+                seconds[row.name].append(found if isinstance(found, float) else taken)
     return seconds
+
+
+def settle(nbytes: int) -> None:
+    """Touch memory and give it back.
+
+    A virtual machine takes pages that nobody has used for a while away from its guest, and the first touch then costs ten
+    times as much: that would be measured, and not a load.
+    """
+    import numpy as np
+
+    np.empty(nbytes, np.uint8).fill(1)
+
+
+def drop_cache(*files: Path) -> None:
+    """Put files out of the page cache; nobody may have them mapped."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def median(values: list[float]) -> float:
@@ -76,26 +104,38 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def peak_anonymous(statement: str, *arguments: object) -> int:
-    """Return the extra anonymous memory that a statement takes, in bytes, in a process of its own.
+    """Return the extra anonymous memory that a statement takes, in bytes: see costs_of."""
+    return costs_of(statement, *arguments)["anonymous"]
+
+
+def costs_of(statement: str, *arguments: object) -> dict[str, int]:
+    """Return what a statement costs in a process of its own.
 
     Args:
         statement: Python, after `import sys, quantcache as qc, numpy`.
         arguments: its sys.argv[1:].
+
+    Returns:
+        Bytes: "anonymous", the peak of extra anonymous memory; "read" and "written" through system calls, "from disk" and
+        "to disk" as the kernel counts them.
     """
     code = (
         "import sys, threading, time, quantcache as qc, numpy\n"
         "from quantcache.quant.codec import codec_ids; codec_ids()\n"
         "def anonymous():\n"
         "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) * 1024\n"
-        "before, peak, stop = anonymous(), [0], []\n"
+        "def io(): return {l.split(':')[0]: int(l.split()[1]) for l in open('/proc/self/io')}\n"
+        "before, peak, stop, first = anonymous(), [0], [], io()\n"
         "def watch():\n"
         "    while not stop: peak[0] = max(peak[0], anonymous()); time.sleep(0.002)\n"
         "thread = threading.Thread(target=watch); thread.start()\n"
         f"{statement}\n"
-        "stop.append(1); thread.join(); print(peak[0] - before)\n"
+        "stop.append(1); thread.join(); last = io()\n"
+        "print(peak[0] - before, *(last[k] - first[k] for k in ('rchar', 'wchar', 'read_bytes', 'write_bytes')))\n"
     )
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return dict(zip(("anonymous", "read", "written", "from disk", "to disk"), map(int, said), strict=True))
 
 
 def table(title: str, header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> None:

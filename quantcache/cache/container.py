@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantcache.cache.key import CONTAINER_VERSION, canonical, combine, digest
@@ -55,11 +55,12 @@ class Slot:
     shape: tuple[int, ...]
     chunk: int
     layer: int = 0
+    #: stored size; kept, since planning asks for it a dozen times a slot
+    nbytes: int = field(init=False, compare=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Stored size."""
-        return math.prod(self.shape) * _ITEMSIZE[self.dtype]
+    def __post_init__(self) -> None:
+        """Find the size."""
+        object.__setattr__(self, "nbytes", math.prod(self.shape) * _ITEMSIZE[self.dtype])
 
     @property
     def chunks(self) -> int:

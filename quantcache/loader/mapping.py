@@ -1,8 +1,8 @@
 """Own how a file is mapped and read: zero-copy views, positioned reads, and faults turned into errors.
 
-What is read once is read into a reused buffer; what is handed out is a view of the mapping, and faulted in by `populate`
-first, which reports a bad sector or a truncated file where a touch would kill (docs/decisions/0009-pipeline.md has the
-rates). Knows no format.
+Weights are used where the page cache has them (docs/decisions/0003-reading.md), and faulted in by `populate` first, which
+reports a bad sector or a truncated file where a touch would kill. What is only digested is read into a reused buffer.
+Knows no format.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def encode_tile(
     stop = min(start + job.tile, job.size)
     if stop <= start:  # an empty tensor
         return Status.OK, []
-    raw = _read(source, job, start, stop, outputs, behind)
+    raw = _read(source, job, start, stop, behind)
     if job.encoder is None:
         return Status.OK, [Piece(info.name, start * ITEMSIZE[info.dtype], raw)]
     tile = weights.widened(raw, job, start, work)
@@ -80,18 +80,16 @@ def encode_tile(
     return status, pieces
 
 
-def _read(
-    source: Source, job: Job, start: int, stop: int, outputs: Scratch, behind: DigestBehind | None
-) -> NDArray[np.uint8]:
-    """Return a tile's bytes, little-endian, in a buffer: what is stored as it is, is stored from there."""
+def _read(source: Source, job: Job, start: int, stop: int, behind: DigestBehind | None) -> NDArray[np.uint8]:
+    """Return a tile's bytes as the source maps them, faulted in and digested; of a big-endian file a copy."""
     first, last = source.extent(job.info, start, stop)
-    raw = outputs.array("source", np.uint8, last - first)
+    raw = source.file.bytes[first:last]
     if behind is None:
-        source.file.read_into(first, raw.data)
+        source.file.populate(first, last - first)
     else:
         behind.begin(first, last)
         try:
-            source.file.read_into(first, raw.data)
+            source.file.populate(first, last - first)
         except BaseException:
             behind.give_up(first, last)
             raise

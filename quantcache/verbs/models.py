@@ -1,4 +1,4 @@
-"""Own the verbs about checkpoints: warm, info, explain."""
+"""Own the verbs about checkpoints: warm, info, explain, bench."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantcache.cache.settings import resolve
 from quantcache.errors import QuantcacheError, UsageError
 from quantcache.render import Output, ago, phases, seconds, size
 from quantcache.verbs.common import arg, as_json, open_cache, rows_of, verb
@@ -210,3 +212,35 @@ def _file_as_json(file: Any) -> dict[str, Any]:
         "path": file.path, "state": explanation.state, "why": explanation.why, "key": explanation.key,
         "nearest": explanation.nearest, "notes": list(file.notes), "factors": factors,
     }  # fmt: skip
+
+
+@verb(
+    "bench", "measure this machine with a checkpoint: floor, miss, hit, and the peers that are installed",
+    arg("path", metavar="PATH"),
+    *RECIPE,
+    arg("--rounds", type=int, default=3, metavar="N", help="each figure is the median of N (default 3)"),
+)  # fmt: skip
+def _bench(options: argparse.Namespace, output: Output) -> int:
+    from quantcache.loader.measure import measure
+
+    if options.rounds < 1:
+        raise UsageError("--rounds: at least 1")
+    root = Path(resolve({"dir": options.cache_dir})["dir"].value).absolute()
+    beside = next(folder for folder in (root, *root.parents) if folder.is_dir())  # the disk of the store, which is not touched
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="quantcache-bench-", dir=beside) as folder:
+        for row in measure(options.path, Path(folder), rounds=options.rounds, threads=options.threads or 0, **_wanted(options)):
+            rows.append(row)
+            if not output.as_json and sys.stderr.isatty():
+                output.words(f"{row.name}: {'-' if row.seconds is None else seconds(row.seconds)}")
+    if output.as_json:
+        output.document(path=options.path, quant=options.quant, rounds=options.rounds,
+                        figures=[{"name": r.name, "seconds": r.seconds, "size": r.nbytes, "note": r.note} for r in rows])  # fmt: skip
+        return 0
+    output.table(
+        ("what", "time", "rate", "note"),
+        [(r.name, "-" if r.seconds is None else seconds(r.seconds), f"{size(r.nbytes / r.seconds)}/s" if r.seconds and r.nbytes else "", r.note)
+         for r in rows],
+        flexible=3,
+    )  # fmt: skip
+    return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ NESTED_MAP = reference.nested_map()
 NESTED_MIDDLES = (NESTED_MAP[:-1] + NESTED_MAP[1:]) / np.float32(2)
 
 
+@lru_cache(maxsize=4096)  # the layers of a model have the same few shapes
 def _quant_state(shape: tuple[int, ...], source_dtype: str, offset: float | None) -> Array:
     """Return the JSON that bitsandbytes keeps beside the codes, padded with spaces to 64 bytes' multiple."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
