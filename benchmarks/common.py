@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -50,20 +51,23 @@ def alternate(rows: list[Row], rounds: int = 5, prepare: Callable[[], None] | No
     A row whose `slow` is set runs in the first two rounds only.
 
     Returns:
-        name -> seconds of each round; what a call returns, if it is a number, counts instead of what it took.
+        name -> seconds of each round; what a call returns counts instead of what it took: a number, or numbers by name.
     """
-    seconds: dict[str, list[float]] = {row.name: [] for row in rows}
+    seconds: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for row in rows:
             if row.slow and turn not in (0, 1):
                 continue
             if prepare:
+                gc.collect()
                 prepare()
             start = time.perf_counter()
             found = row.call()
             taken = time.perf_counter() - start
             if turn:
-                seconds[row.name].append(found if isinstance(found, float) else taken)
+                measured = found if isinstance(found, dict) else {row.name: found if isinstance(found, float) else taken}
+                for name, value in measured.items():
+                    seconds.setdefault(name, []).append(value)
     return seconds
 
 
@@ -79,7 +83,8 @@ def settle(nbytes: int) -> None:
 
 
 def drop_cache(*files: Path) -> None:
-    """Put files out of the page cache; nobody may have them mapped."""
+    """Put files out of the page cache, which nobody may have mapped: models that are closed are collected first."""
+    gc.collect()
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:

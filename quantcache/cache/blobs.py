@@ -14,6 +14,7 @@ import secrets
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -324,15 +325,32 @@ class StoredEntry:
             self.header: EntryHeader = parse_header(os.pread(descriptor, 8 + length, 0), found.st_size)
             self._map = mmap.mmap(descriptor, found.st_size, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise store_error(f"cannot read entry {key}", error) from error
-        finally:
             os.close(descriptor)
+            raise store_error(f"cannot read entry {key}", error) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
         self.memory = memoryview(self._map)
 
     def view(self, key: str) -> memoryview:
         """Return a tensor's bytes, unchecked."""
         start = self.header.offsets[key]
         return self.memory[start : start + self.header.slots[key].nbytes]
+
+    def read_into(self, position: int, buffer: memoryview) -> None:
+        """Read bytes of the file into a buffer, which is filled.
+
+        Raises:
+            OSError: the disk failed, or the file is shorter.
+        """
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor, [buffer[done:]], position + done)
+            if count == 0:
+                raise OSError(errno.EIO, "the entry became shorter")
+            done += count
 
     def replaced(self) -> bool:
         """Return whether the path leads to another file by now: somebody built the entry again."""

@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 __all__ = ["acquire"]
 
-_POLL_S = 0.02
+_POLL_S = 0.01
 
 
 def acquire(path: str, *, access: Access, timeout_s: float | None) -> Callable[[], None]:

@@ -1,8 +1,8 @@
 """Own how stored tensors come into memory: read and checked by the piece, on all cores, ahead of whoever will ask.
 
 Every tensor is brought once: what somebody asks for while a thread is at it is waited for, and the asker takes pieces of
-it meanwhile. Pages are faulted in by the kernel, which reports what cannot be read instead of killing; of the ways
-to read ahead from a cold disk this is the fastest here (docs/decisions/0010-hits.md). Knows bytes and digests, no codec.
+it meanwhile. What is not in the page cache comes there by positioned reads, and is checked in the buffer that they fill: of
+the ways to read a cold disk the fastest here (docs/decisions/0010-hits.md). Knows bytes and digests, no codec.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from quantcache.cache.blobs import StoredEntry
 from quantcache.cache.key import combine, digest
 from quantcache.errors import SourceError
-from quantcache.loader.mapping import MappedFile, is_cached, populate
+from quantcache.loader.mapping import MappedFile, is_cached
 from quantcache.trace import Profile, span, working_for
 
 __all__ = ["Pool", "Stored", "read_ahead"]
@@ -29,6 +29,10 @@ _PIECE = 2 << 20
 _HELP = 8
 #: A thread without work ends after this.
 _IDLE_S = 2.0
+
+
+def _done(_: int) -> bool:
+    return True
 
 
 class _Bringing:
@@ -121,8 +125,20 @@ class Pool:
                 tensor.left -= 1
                 tensor.fine = tensor.fine and fine
                 if not tensor.left:
+                    tensor.work = _done  # which lets go of the entry
                     self._changed.notify_all()
         return True
+
+
+_here = threading.local()
+
+
+def _buffer(nbytes: int) -> memoryview:
+    """Return this thread's buffer."""
+    buffer: bytearray | None = getattr(_here, "buffer", None)
+    if buffer is None or len(buffer) < nbytes:
+        buffer = _here.buffer = bytearray(nbytes)
+    return memoryview(buffer)[:nbytes]
 
 
 class Stored:
@@ -150,7 +166,8 @@ class Stored:
 
     def _wanting(self, key: str) -> bool:
         """Return whether reading ahead does something for a tensor: if it is to be checked, or is not in the page cache."""
-        return self._check or not is_cached(self._address + self.entry.header.offsets[key], self.entry.header.slots[key].nbytes)
+        start = self._address + self.entry.header.offsets[key]
+        return self._check or not is_cached(start, self.entry.header.slots[key].nbytes)
 
     def intact(self, keys: Iterable[str]) -> bool:
         """Return whether tensors are what was stored, once they are in memory; True at once if that is not checked."""
@@ -182,16 +199,20 @@ class Stored:
         def work(number: int) -> bool:
             first, last = number * each, min((number + 1) * each, chunks)
             begin, end = start + first * slot.chunk, start + min(last * slot.chunk, slot.nbytes)
+            memory = self.entry.memory[begin:end]
             if not cached:
-                with span("read", end - begin, key):
-                    if populate(self._address + begin, end - begin):
-                        return False
+                memory = _buffer(end - begin)
+                try:
+                    with span("read", end - begin, key):
+                        self.entry.read_into(begin, memory)
+                except OSError:
+                    return False
             if not self._check:
                 return True
             with span("verify", end - begin, key):
                 for chunk in range(first, last):
-                    at = start + chunk * slot.chunk
-                    found[chunk] = digest(self.entry.memory[at : min(at + slot.chunk, end)])
+                    at = (chunk - first) * slot.chunk
+                    found[chunk] = digest(memory[at : min(at + slot.chunk, end - begin)])
                 return all(found) is False or combine(found) == self.entry.header.digests[key]
 
         tensor = self._tensors[key] = _Bringing(-(-chunks // each), work)

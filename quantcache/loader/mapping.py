@@ -7,6 +7,7 @@ Knows no format.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -73,17 +74,18 @@ def populate(address: int, nbytes: int) -> int:
 def is_cached(address: int, nbytes: int) -> bool:
     """Return whether mapped pages are in the page cache, by looking at the first, the last, and some in between.
 
-    Such pages need no `populate`: touching them costs half of it. It tells cold from warm, and promises nothing.
+    That tells a cold file from a warm one, and promises nothing: pages that are there need no `populate`, since what is
+    touched once is mapped as cheaply by touching it.
     """
     mincore = _mincore()
     if mincore is None or not nbytes:
         return False
     first, last = address // _PAGE, (address + nbytes - 1) // _PAGE
-    samples = 2 + (nbytes >> 23)
-    state = ctypes.c_ubyte()
+    samples = min(64, 2 + (nbytes >> 23))
+    state = ctypes.create_string_buffer(1)
     for sample in range(samples):
         page = first + (last - first) * sample // (samples - 1)
-        if mincore(page * _PAGE, _PAGE, ctypes.byref(state)) != 0 or not state.value & 1:
+        if mincore(page * _PAGE, _PAGE, state) != 0 or state.raw != b"\1":
             return False
     return True
 
@@ -174,6 +176,16 @@ class MappedFile:
         if code:
             what = "the file became shorter while it was read" if code == errno.EFAULT else os.strerror(code)
             raise SourceError(what, path=self.path, offset=offset)
+
+    def will_need(self, offset: int, nbytes: int) -> None:
+        """Have the system read a range into the page cache, without waiting for it."""
+        with contextlib.suppress(OSError, AttributeError):
+            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether some of the file has to come from disk, as far as a few pages tell."""
+        return _mincore() is not None and not is_cached(self._address, self.nbytes)
 
     def changed(self) -> bool:
         """Return whether the path now leads to other content than was opened, as far as stat() tells."""

@@ -56,7 +56,8 @@ class Floor:
     """Hold what one thread needs for the parts of a miss, each at the rate that it has alone, with warm buffers.
 
     Args:
-        read_s, quantize_s, write_s: seconds; quantizing is all between reading and writing.
+        read_s: seconds to touch every byte of the mapped source, once.
+        quantize_s, write_s: seconds of all between reading and writing, and of writing into the page cache.
         source_nbytes, stored_nbytes: what is read and written.
     """
 
@@ -124,7 +125,11 @@ def floor(path: str | os.PathLike[str], folder: Path, **wanted: Any) -> Floor:
     spent = profile.seconds
     scale = source_nbytes / max(1, read)
     kernels = sum(seconds for phase, seconds in spent.items() if phase != "read")
-    return Floor(spent.get("read", 0.0) * scale, kernels * scale, write_s * stored_nbytes / max(1, wrote), source_nbytes, stored_nbytes)
+    begin = time.perf_counter()
+    for source in {id(source): source for source, _ in jobs}.values():
+        _bare([source.path])
+    read_s = (time.perf_counter() - begin) * source_nbytes / max(1, sum(path.stat().st_size for path in {source.path for source, _ in jobs}))
+    return Floor(read_s, kernels * scale, write_s * stored_nbytes / max(1, wrote), source_nbytes, stored_nbytes)
 
 
 def measure(path: str | os.PathLike[str], folder: Path, *, rounds: int = 3, threads: int = 0, **wanted: Any) -> Iterator[Figure]:

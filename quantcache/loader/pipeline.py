@@ -40,6 +40,9 @@ __all__ = ["Build", "Cancelled", "Pipeline", "Progress", "default_threads"]
 Array = NDArray[Any]
 #: Memory of a worker is about 12 MB, and 4 MB of each tile that waits: at most this many stay within 256 MiB.
 MAX_THREADS = 16
+#: Bytes that the disk is ahead of the workers, and of one request: docs/decisions/0009-pipeline.md.
+_AHEAD = 64 << 20
+_AHEAD_STEP = 4 << 20
 #: How long a cancelled load waits for its threads: Ctrl-C is to be answered within a second.
 _PATIENCE_S = 0.7
 
@@ -220,6 +223,8 @@ class Pipeline:
         self._threads = [threading.Thread(target=self._work, name=f"quantcache-{n}", daemon=True) for n in range(count)]
         for thread in self._threads:
             thread.start()
+        if any(build.source.file.is_cold for build in builds):
+            threading.Thread(target=self._read_ahead, name="quantcache-ahead", daemon=True).start()
 
     # ---- for callers ----
 
@@ -270,6 +275,21 @@ class Pipeline:
                 build.drop()
 
     # ---- workers ----
+
+    def _read_ahead(self) -> None:
+        """Keep a cold disk busy while the workers compute: have the system read a little more than they are at."""
+        asked = 0
+        for build in self.builds:
+            for job in build.jobs:
+                begin, end = job.info.offset, job.info.offset + job.info.nbytes
+                for start in range(begin, end, _AHEAD_STEP):
+                    while asked - self._done_nbytes > _AHEAD:
+                        if self._stopped or not self._open:
+                            return
+                        time.sleep(0.001)
+                    nbytes = min(_AHEAD_STEP, end - start)
+                    build.source.file.will_need(start, nbytes)
+                    asked += nbytes
 
     def _work(self) -> None:
         work = Scratch()
