@@ -1,0 +1,167 @@
+"""Hold reading ahead to what it may do: bring and check what was asked for, hand out nothing that is damaged."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import quantcache as qc
+from quantcache.loader import ahead
+
+LAYERS = 3
+
+
+@pytest.fixture
+def model_path(tmp_path: Path) -> Path:
+    """A checkpoint whose weights make several pieces each."""
+    rng = np.random.default_rng()
+    path = tmp_path / "m.safetensors"
+    save_file({f"blocks.{n}.a.weight": rng.standard_normal((5000, 1024), np.float32) for n in range(LAYERS)}, path)
+    os.utime(path, (time.time() - 10,) * 2)
+    return path
+
+
+def parts(model: qc.Model) -> dict[str, list[bytes]]:
+    """Return all bytes of a model."""
+    return {name: [part.tobytes() for part in tensor.parts.values()] for name, tensor in model.items() if isinstance(tensor, qc.QuantTensor)}
+
+
+def flip(store: Path, key: str, at: int) -> None:
+    """Change one byte of a stored tensor."""
+    with qc.Cache(store) as cache:
+        (row,) = cache.entries()
+        entry = cache.open(row.key)
+        position = entry.header.offsets[key] + at % entry.header.slots[key].nbytes
+    with entry.path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("way", ["prefetch", "layers", "asked", "open"])
+def test_a_flipped_byte_anywhere(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, threads: int, *, cold: bool
+) -> None:
+    """Whoever brings the piece with a flipped byte, from memory or disk: it reaches nobody, and is built anew."""
+    if cold:
+        monkeypatch.setattr(ahead, "is_cached", lambda *_: False)
+    with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        right = parts(model)
+    at = int(np.random.default_rng().integers(0, 1 << 40))
+    flip(tmp_path / "c", "blocks.1.a.weight", at)
+    with pytest.warns(qc.QuantcacheWarning, match="not what was stored"), qc.load(
+        model_path, "int8", cache=tmp_path / "c", threads=threads, verify="open" if way == "open" else "touch"
+    ) as model:
+        if way == "prefetch":
+            model.prefetch()
+        if way == "layers":
+            assert [name for layer in model.layers() for name in layer] == list(model)
+        assert parts(model) == right, f"byte {at}"
+    with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        assert model.hit
+        assert parts(model) == right
+
+
+@pytest.mark.parametrize("verify", ["touch", "off"])
+def test_prefetch_brings_what_was_asked_for(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: str
+) -> None:
+    """Only the tensors that were named are read, and they are read without anybody asking again."""
+    qc.load(model_path, "int8", cache=tmp_path / "c").close()
+    monkeypatch.setattr(ahead, "is_cached", lambda *_: False)
+    read: list[str] = []
+    from quantcache.cache.blobs import StoredEntry
+
+    real = StoredEntry.read_into
+
+    def read_into(self: StoredEntry, position: int, buffer: memoryview) -> None:
+        read.extend(key for key, offset in self.header.offsets.items() if offset <= position < offset + self.header.slots[key].nbytes)
+        real(self, position, buffer)
+
+    monkeypatch.setattr(StoredEntry, "read_into", read_into)
+    with qc.load(model_path, "int8", cache=tmp_path / "c", verify=verify) as model:
+        assert read == []
+        model.prefetch(["blocks.1.a.weight"])
+        wanted = {"blocks.1.a.weight", "blocks.1.a.scales", "blocks.1.a.biases"}
+        until = time.monotonic() + 60
+        while set(read) != wanted and time.monotonic() < until:
+            time.sleep(0.01)
+        assert set(read) == wanted
+        with pytest.raises(KeyError):
+            model.prefetch(["nothing"])
+
+
+def test_an_entry_that_cannot_be_read(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails under a hit makes it a miss, not an exception."""
+    with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        right = parts(model)
+    monkeypatch.setattr(ahead, "is_cached", lambda *_: False)
+    from quantcache.cache.blobs import StoredEntry
+
+    def fail(self: StoredEntry, position: int, buffer: memoryview) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(StoredEntry, "read_into", fail)
+    with pytest.warns(qc.QuantcacheWarning, match="not what was stored"), qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        assert parts(model) == right
+
+
+def test_many_callers(model_path: Path, tmp_path: Path) -> None:
+    """Threads that ask for the same tensors while they are read ahead get the same bytes, and nobody hangs."""
+    with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        right = parts(model)
+    for _ in range(5):
+        with qc.load(model_path, "int8", cache=tmp_path / "c", threads=3) as model:
+            found: list[Any] = []
+            threads = [threading.Thread(target=lambda model=model, found=found: found.append(parts(model))) for _ in range(4)]
+            model.prefetch()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            assert found == [right] * 4
+
+
+def test_after_close(model_path: Path, tmp_path: Path) -> None:
+    """A closed model still hands out what it has, checked by whoever asks; reading ahead does nothing any more."""
+    with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        right = parts(model)
+    hit = qc.load(model_path, "int8", cache=tmp_path / "c")
+    hit.close()
+    hit.prefetch()
+    assert parts(hit) == right
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_child_of_fork(model_path: Path, tmp_path: Path) -> None:
+    """A child has none of its parent's threads, and waits for none of them."""
+    qc.load(model_path, "int8", cache=tmp_path / "c").close()
+    with qc.load(model_path, "int8", cache=tmp_path / "c", threads=2) as model:
+        model.prefetch()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = 0 if len(parts(model)) == LAYERS else 1
+            finally:
+                os._exit(code)
+        until = time.monotonic() + 60
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+            time.sleep(0.01)
+        if ended == (0, 0):
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        assert ended == (child, 0)
