@@ -106,15 +106,15 @@ class span:  # noqa: N801 - used like a function
         if (profile := _here.profile) is not None:
             profile.add(self._phase, (end - self._start - _here.inner_ns) * 1e-9, self._nbytes)
         _here.inner_ns = self._before + end - self._start
-        if _recorder is not None:
-            _recorder.add(self._phase, self._start, end, self._nbytes, self._name)
+        if (recorder := _recorder) is not None:
+            recorder.add(self._phase, self._start, end, self._nbytes, self._name)
 
 
 class _Recorder:
     """Write events to the trace file, in batches. A file that cannot be written costs one warning, never a load."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self.path = path
         self._lock = threading.Lock()
         self._process = 0
         self._file: BinaryIO | None = None
@@ -162,11 +162,11 @@ class _Recorder:
             self._file.flush()
         except OSError as error:
             _recorder = None
-            warnings.warn(f"QUANTCACHE_TRACE: cannot write {self._path}: {error.strerror}", QuantcacheWarning, stacklevel=4)
+            warnings.warn(f"QUANTCACHE_TRACE: cannot write {self.path}: {error.strerror}", QuantcacheWarning, stacklevel=4)
 
     def _open(self) -> int:
         """Open the file, empty; while another process writes it, one beside it with this process's number."""
-        path = self._path.replace("%p", str(os.getpid()))
+        path = self.path.replace("%p", str(os.getpid()))
         descriptor = os.open(path, _FLAGS, 0o666)
         try:
             if fcntl:
@@ -177,15 +177,29 @@ class _Recorder:
             descriptor = os.open(f"{stem}.{os.getpid()}{suffix}", _FLAGS, 0o666)
         except OSError:  # no locks here
             pass
-        os.ftruncate(descriptor, 0)
+        try:
+            os.ftruncate(descriptor, 0)
+        except OSError:
+            os.close(descriptor)
+            raise
         return descriptor
 
 
+def _after_fork() -> None:
+    """Give a child a recorder of its own: its parent's may be in the middle of something."""
+    global _recorder
+    if _recorder is not None:
+        _recorder = _Recorder(_recorder.path)
+
+
 _recorder = _Recorder(os.path.abspath(os.environ["QUANTCACHE_TRACE"])) if os.environ.get("QUANTCACHE_TRACE") else None
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @atexit.register
 def flush() -> None:
     """Write what was traced so far; nothing without QUANTCACHE_TRACE. Called when a model is closed and at the end."""
-    if _recorder is not None:
-        _recorder.flush()
+    if (recorder := _recorder) is not None:
+        recorder.flush()

@@ -14,7 +14,6 @@ import secrets
 import stat
 import threading
 import time
-import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,8 @@ except ImportError:  # Windows: stale files are told by their age alone
 
 __all__ = ["StagedEntry", "StoredEntry", "quarantine", "remove_stale", "remove_stale_locks", "store_error"]
 
+#: What a staged file grows by at least, once a tensor needs more room than was planned; it is sparse.
+_EXTENSION = 64 << 20
 _STALE_S = 24 * 3600.0
 #: A map starts at a multiple of this: 4 KiB on most machines, 16 or 64 KiB on some arm64 ones.
 _MAP_ALIGNMENT = max(ALIGNMENT, mmap.ALLOCATIONGRANULARITY)
@@ -81,7 +82,11 @@ class StagedEntry:
         self._end = self._header_nbytes + data_nbytes
         self._rearrange = False
         self._path = _temp_path(folder)
-        self._maps: dict[str, memoryview] = {}
+        #: mappings of what lies behind the first plan's end, with where each starts
+        self._maps: list[tuple[int, memoryview]] = []
+        self._length = self._end
+        self._gone = False
+        self._second: Path | None = None
         try:
             self._descriptor = _create(self._path, access)
         except OSError as error:
@@ -113,8 +118,12 @@ class StagedEntry:
                 self.offsets[slot.key] = start
                 self._end = start + slot.nbytes
             self._rearrange = True
+            if self._end <= self._length:
+                return
+            # by more than is needed: every mapping takes a descriptor, and one should do for many tensors
+            self._length = self._end + max(_EXTENSION, self._end - len(self._main))
             try:
-                os.ftruncate(self._descriptor, self._end)
+                os.ftruncate(self._descriptor, self._length)
             except OSError as error:
                 raise store_error("cannot extend the staged file", error) from error
 
@@ -146,15 +155,18 @@ class StagedEntry:
         if start + slot.nbytes <= len(self._main):
             return memoryview(self._main)[start : start + slot.nbytes]
         with self._lock:
-            if key not in self._maps:
-                if self._descriptor < 0:
-                    raise CacheError(f"tensor {key!r} of the staged file is not mapped any more")
-                try:
-                    mapped = mmap.mmap(self._descriptor, slot.nbytes, access=mmap.ACCESS_READ, offset=start)
-                except OSError as error:
-                    raise store_error("cannot map the staged file", error) from error
-                self._maps[key] = memoryview(mapped)
-            return self._maps[key]
+            for first, mapped in self._maps:
+                if first <= start and start + slot.nbytes <= first + len(mapped):
+                    return mapped[start - first : start - first + slot.nbytes]
+            if self._descriptor < 0:
+                raise CacheError(f"tensor {key!r} of the staged file is not mapped any more")
+            first = start // _MAP_ALIGNMENT * _MAP_ALIGNMENT
+            try:
+                made = memoryview(mmap.mmap(self._descriptor, self._length - first, access=mmap.ACCESS_READ, offset=first))
+            except OSError as error:
+                raise store_error("cannot map the staged file", error) from error
+            self._maps.append((first, made))
+            return made[start - first : start - first + slot.nbytes]
 
     def publish(self, target: Path, *, document: Any, records: Any, built: Mapping[str, Any]) -> int:
         """Make the entry visible and durable: header, fsync, rename, fsync of the folder.
@@ -187,6 +199,7 @@ class StagedEntry:
                 os.fsync(self._descriptor)
             nbytes = os.fstat(self._descriptor).st_size
             make_folders(target.parent.parent, [target.parent.name], self._access)
+            self._still_wanted()
             os.rename(self._path, target)
             try:
                 sync_folder(target.parent)
@@ -201,11 +214,12 @@ class StagedEntry:
     def _rewrite(self, header: bytes) -> bytes:
         """Copy the tensors to where they belong, into a second file that takes this one's place."""
         offsets, data_nbytes = arrange(self.slots.values())
-        path = _temp_path(self._path.parent)
+        path = self._second = _temp_path(self._path.parent)
         descriptor = _create(path, self._access)
         try:
             allocate(descriptor, len(header) + data_nbytes)
             for key, slot in self.slots.items():
+                self._still_wanted()
                 _copy(self._descriptor, self.offsets[key], descriptor, len(header) + offsets[key], slot.nbytes)
         except BaseException:
             os.close(descriptor)
@@ -216,17 +230,23 @@ class StagedEntry:
         self._descriptor, self._path = descriptor, path
         return header
 
+    def _still_wanted(self) -> None:
+        if self._gone:
+            raise OSError(errno.ECANCELED, "the load was stopped")
+
     def _map_replaced(self) -> None:
         """Map what lies behind the first plan's end while the file that holds it is open: views outlive it."""
         if self._descriptor >= 0:
-            for key, slot in self.slots.items():
-                if slot.nbytes:
-                    self.view(key)
+            for key in sorted((key for key, slot in self.slots.items() if slot.nbytes), key=lambda key: self.offsets[key]):
+                self.view(key)
 
     def unlink(self) -> None:
         """Remove the file from its folder, whatever a thread is doing with it; it cannot be published any more."""
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        self._gone = True
+        for path in (self._path, self._second):
+            with contextlib.suppress(OSError):
+                if path is not None:
+                    path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the file; views stay valid."""
@@ -325,13 +345,9 @@ class StoredEntry:
             self.header: EntryHeader = parse_header(os.pread(descriptor, 8 + length, 0), found.st_size)
             self._map = mmap.mmap(descriptor, found.st_size, access=mmap.ACCESS_READ)
         except OSError as error:
-            os.close(descriptor)
             raise store_error(f"cannot read entry {key}", error) from error
-        except BaseException:
+        finally:
             os.close(descriptor)
-            raise
-        self._descriptor = descriptor
-        weakref.finalize(self, os.close, descriptor)
         self.memory = memoryview(self._map)
 
     def view(self, key: str) -> memoryview:
@@ -339,18 +355,29 @@ class StoredEntry:
         start = self.header.offsets[key]
         return self.memory[start : start + self.header.slots[key].nbytes]
 
-    def read_into(self, position: int, buffer: memoryview) -> None:
-        """Read bytes of the file into a buffer, which is filled.
+    def read_into(self, position: int, buffer: memoryview) -> bool:
+        """Read bytes of the file into a buffer, which is filled; False if the path leads to another file by now.
 
         Raises:
             OSError: the disk failed, or the file is shorter.
         """
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[done:]], position + done)
-            if count == 0:
-                raise OSError(errno.EIO, "the entry became shorter")
-            done += count
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0))
+        except OSError:  # removed, or no descriptor is left: the mapping has it all the same
+            return False
+        try:
+            found = os.fstat(descriptor)
+            if (found.st_dev, found.st_ino) != self._file:
+                return False
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(descriptor, [buffer[done:]], position + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "the entry became shorter")
+                done += count
+        finally:
+            os.close(descriptor)
+        return True
 
     def replaced(self) -> bool:
         """Return whether the path leads to another file by now: somebody built the entry again."""

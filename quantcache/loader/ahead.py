@@ -7,7 +7,6 @@ the ways to read a cold disk the fastest here (docs/decisions/0010-hits.md). Kno
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections import deque
@@ -18,7 +17,7 @@ import numpy as np
 from quantcache.cache.blobs import StoredEntry
 from quantcache.cache.key import combine, digest
 from quantcache.errors import SourceError
-from quantcache.loader.mapping import MappedFile, is_cached
+from quantcache.loader.mapping import MappedFile, is_cached, populate
 from quantcache.trace import Profile, span, working_for
 
 __all__ = ["Pool", "Stored", "read_ahead"]
@@ -66,14 +65,21 @@ class Pool:
 
     def ask(self, tensors: Iterable[_Bringing], *, first: bool = False) -> None:
         """Queue tensors; return at once. Nothing is done any more after `close`."""
+        if self.process != os.getpid():  # before any lock: a thread of the parent may have held it
+            return
+        tensors = list(tensors)
+        pieces = sum(len(tensor.waiting) for tensor in tensors)
         with self._changed:
-            if self._closed or self.process != os.getpid():
+            if self._closed or not tensors:
                 return
             (self._queue.extendleft if first else self._queue.extend)(tensors)
-            pieces = sum(len(tensor.waiting) for tensor in self._queue)
             while self._alive < min(self._count, pieces):
+                thread = threading.Thread(target=self._work, name=f"quantcache-ahead-{self._alive + 1}", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads here: whoever asks brings it
+                    break
                 self._alive += 1
-                threading.Thread(target=self._work, name=f"quantcache-ahead-{self._alive}", daemon=True).start()
             self._changed.notify_all()
 
     def wait(self, tensors: list[_Bringing]) -> bool:
@@ -83,15 +89,20 @@ class Pool:
         if big and self._count > 1:
             self.ask(big, first=True)
         for tensor in tensors:
-            while self._step(tensor):
-                pass
-            with self._changed:
-                while tensor.left:
-                    self._changed.wait()
+            while True:
+                while self._step(tensor):
+                    pass
+                with self._changed:
+                    while tensor.left and not tensor.waiting:
+                        self._changed.wait()
+                    if not tensor.left:
+                        break  # else somebody was interrupted at a piece
         return all(tensor.fine for tensor in tensors)
 
     def close(self) -> None:
         """Stop reading ahead."""
+        if self.process != os.getpid():
+            return
         with self._changed:
             self._closed = True
             self._queue.clear()
@@ -108,24 +119,35 @@ class Pool:
                         return
                     tensor = self._queue[0] if self._queue else None
                 if tensor is not None:
-                    with contextlib.suppress(Exception):  # the tensor is not fine then: whoever asks for it is told
+                    try:
                         self._step(tensor)
+                    except BaseException:  # noqa: BLE001 - no memory: whoever asks for the tensor does it, and is told
+                        with self._changed:
+                            self._queue.clear()
 
     def _step(self, tensor: _Bringing) -> bool:
-        """Bring one piece of a tensor; return whether there was one."""
-        with self._changed:
-            if not tensor.waiting:
-                return False
-            number = tensor.waiting.popleft()
-        fine = False
+        """Bring one piece of a tensor; return whether there was one.
+
+        Whatever interrupts it (Ctrl-C, no memory) says nothing about the piece, which is then left for the next who asks.
+        """
+        number = -1
+        fine = None
         try:
+            with self._changed:
+                if not tensor.waiting:
+                    return False
+                number = tensor.waiting.popleft()
             fine = tensor.work(number)
         finally:
-            with self._changed:
-                tensor.left -= 1
-                tensor.fine = tensor.fine and fine
-                if not tensor.left:
-                    tensor.work = _done  # which lets go of the entry
+            if number >= 0:
+                with self._changed:
+                    if fine is None:
+                        tensor.waiting.appendleft(number)
+                    else:
+                        tensor.left -= 1
+                        tensor.fine = tensor.fine and fine
+                        if not tensor.left:
+                            tensor.work = _done  # which lets go of the entry
                     self._changed.notify_all()
         return True
 
@@ -160,6 +182,8 @@ class Stored:
 
     def read_ahead(self, keys: Iterable[str]) -> None:
         """Begin to bring tensors."""
+        if self._pool.process != os.getpid():
+            return
         with self._lock:
             new = [self._bringing(key) for key in keys if key not in self._tensors and self._wanting(key)]
         self._pool.ask(new)
@@ -201,10 +225,13 @@ class Stored:
             begin, end = start + first * slot.chunk, start + min(last * slot.chunk, slot.nbytes)
             memory = self.entry.memory[begin:end]
             if not cached:
-                memory = _buffer(end - begin)
+                buffer = _buffer(end - begin)
                 try:
                     with span("read", end - begin, key):
-                        self.entry.read_into(begin, memory)
+                        if self.entry.read_into(begin, buffer):
+                            memory = buffer
+                        elif populate(self._address + begin, end - begin):
+                            return False
                 except OSError:
                     return False
             if not self._check:

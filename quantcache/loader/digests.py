@@ -5,6 +5,7 @@ The definition, chunks of 64 MiB and a digest over their digests, is in cache/ke
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from quantcache.trace import span
 
 __all__ = ["DigestBehind", "known_digest", "source_digest"]
 
-#: What is read at a time by whoever only digests: it stays in the cache between reading and digesting.
+#: What is faulted in at a time by whoever only digests.
 _PIECE = 1 << 20
 #: What was read out of order is read once more if it is no more than this: it is in the page cache, and often nearer.
 _CATCH_UP = 8 << 20
@@ -39,8 +40,10 @@ def source_digest(source: Source, threads: int) -> str:
         _digest_range(source.file, start, min(start + CHUNK, source.file.nbytes), state)
         return state.digest()
 
-    with ThreadPoolExecutor(threads) as pool:
-        return combine(list(pool.map(chunk, starts)), source.file.nbytes)
+    if threads > 1 and len(starts) > 1:
+        with contextlib.suppress(RuntimeError), ThreadPoolExecutor(threads) as pool:  # no more threads here
+            return combine(list(pool.map(chunk, starts)), source.file.nbytes)
+    return combine([chunk(start) for start in starts], source.file.nbytes)
 
 
 def known_digest(source: Source, cache: Cache, threads: int, seen_ns: int) -> str:
@@ -62,13 +65,12 @@ def known_digest(source: Source, cache: Cache, threads: int, seen_ns: int) -> st
 
 
 def _digest_range(file: MappedFile, start: int, stop: int, state: Streamed) -> None:
-    """Read a range and add it to a digest."""
-    buffer = memoryview(bytearray(min(_PIECE, max(1, stop - start))))
+    """Fault a range in and add it to a digest."""
     for position in range(start, stop, _PIECE):
-        piece = buffer[: min(_PIECE, stop - position)]
-        file.read_into(position, piece)
-        with span("digest", len(piece), file.path.name):
-            state.update(piece)
+        nbytes = min(_PIECE, stop - position)
+        file.populate(position, nbytes)
+        with span("digest", nbytes, file.path.name):
+            state.update(file.memory[position : position + nbytes])
 
 
 class _Chunk:

@@ -1,19 +1,16 @@
-"""Own how a file is mapped and read: zero-copy views, positioned reads, and faults turned into errors.
+"""Own how a file is mapped and read: zero-copy views, and faults turned into errors.
 
 Weights are used where the page cache has them (docs/decisions/0003-reading.md), and faulted in by `populate` first, which
-reports a bad sector or a truncated file where a touch would kill. What is only digested is read into a reused buffer.
-Knows no format.
+reports a bad sector or a truncated file where a touch would kill. Knows no format.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import mmap
 import os
 import sys
-import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -120,13 +117,9 @@ class MappedFile:
             untracked: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
             self._map = mmap.mmap(descriptor, self.stat.st_size, access=mmap.ACCESS_READ, **untracked)
         except (OSError, ValueError) as error:
-            os.close(descriptor)
             raise SourceError(f"cannot be mapped: {error}", path=path) from error
-        except BaseException:
+        finally:
             os.close(descriptor)
-            raise
-        self._descriptor = descriptor
-        weakref.finalize(self, os.close, descriptor)
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         self._address: int = self.bytes.__array_interface__["data"][0]
 
@@ -139,27 +132,6 @@ class MappedFile:
     def memory(self) -> memoryview:
         """The whole file as a read-only buffer."""
         return memoryview(self._map)
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Read bytes into a buffer, which is filled.
-
-        Args:
-            offset: of the first.
-            buffer: writable and contiguous.
-
-        Raises:
-            SourceError: the disk failed, or the file has become shorter.
-        """
-        done, nbytes = 0, len(buffer)
-        with span("read", nbytes):
-            while done < nbytes:
-                try:
-                    count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
-                except OSError as error:
-                    raise SourceError(f"cannot be read: {error.strerror}", path=self.path, offset=offset + done) from error
-                if count == 0:
-                    raise SourceError("the file became shorter while it was read", path=self.path, offset=offset + done)
-                done += count
 
     def populate(self, offset: int, nbytes: int) -> None:
         """Fault pages in from disk, so that reading the views cannot fail.
@@ -179,8 +151,9 @@ class MappedFile:
 
     def will_need(self, offset: int, nbytes: int) -> None:
         """Have the system read a range into the page cache, without waiting for it."""
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        madvise, start = _madvise(), (self._address + offset) // _PAGE * _PAGE
+        if madvise is not None and nbytes:
+            madvise(start, self._address + offset + nbytes - start, mmap.MADV_WILLNEED)
 
     @property
     def is_cold(self) -> bool:

@@ -366,12 +366,14 @@ def load(
                 shard = Shard(source, options)
                 shards.append(shard)
                 shard.start(store, seen_ns)
+            model = Model(Path(path), shards, store, options, own=own)
         except BaseException:
             for shard in shards:
-                if shard.build is not None:
+                if shard.pipeline is not None:
+                    shard.pipeline.cancel()
+                elif shard.build is not None:
                     shard.build.drop()
             raise
-    model = Model(Path(path), shards, store, options, own=own)
     for shard in shards:
         if shard.entry is not None and store is not None:
             store.used(shard.entry, saved_s=float(shard.entry.header.built.get("seconds", 0.0)))

@@ -81,7 +81,7 @@ class Progress:
     @property
     def left_s(self) -> float | None:
         """Seconds that are left at this rate; None before there is one."""
-        return (self.total_nbytes - self.done_nbytes) / self.rate if self.rate > 0 else None
+        return max(0, self.total_nbytes - self.done_nbytes) / self.rate if self.rate > 0 else None
 
 
 class _Memory:
@@ -115,6 +115,7 @@ class _Task:
         self.build, self.job, self.target = build, job, target
         self.waiting: deque[int] = deque(job.tiles)
         self.active = 0
+        self.counted = 0  # bytes of the source that progress has
         self.done = False
         self.refused: Status | CacheError | None = None
         self.error: BaseException | None = None
@@ -221,10 +222,21 @@ class Pipeline:
         self._spare = [Scratch() for _ in range(count + min(count, 4))]
         self._alive = count
         self._threads = [threading.Thread(target=self._work, name=f"quantcache-{n}", daemon=True) for n in range(count)]
-        for thread in self._threads:
-            thread.start()
+        self._process = os.getpid()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:  # no more threads here: those that there are do the work
+            with self._changed:
+                self._alive -= sum(thread.ident is None for thread in self._threads)
+                self._threads = [thread for thread in self._threads if thread.ident is not None]
+            if not self._threads:
+                for build in builds:
+                    build.drop()
+                raise QuantcacheError(f"no thread can be started: {error}") from error
         if any(build.source.file.is_cold for build in builds):
-            threading.Thread(target=self._read_ahead, name="quantcache-ahead", daemon=True).start()
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self._read_ahead, name="quantcache-ahead", daemon=True).start()
 
     # ---- for callers ----
 
@@ -235,6 +247,7 @@ class Pipeline:
             SourceError, Cancelled: why it cannot be finished.
         """
         task = build.tasks[name]
+        self._at_home()
         with self._changed:
             if not task.done:
                 self._urgent.append(task)
@@ -251,6 +264,7 @@ class Pipeline:
         Raises:
             SourceError: a source failed.
         """
+        self._at_home()
         with self._changed:
             while self._open and self.failure is None and not self._cancelled:
                 self._changed.wait(0.2)
@@ -258,8 +272,15 @@ class Pipeline:
             self.cancel()
             raise self.failure or Cancelled("the load was stopped")
 
+    def _at_home(self) -> None:
+        """Raise in a child of fork: it has none of the threads, and the files are its parent's."""
+        if self._process != os.getpid():
+            raise QuantcacheError("this model was still being built when the process forked: load it in the child")
+
     def cancel(self) -> None:
         """Stop after the tiles under way; unpublished files are removed. Waits for no disk: a sync may take long."""
+        if self._process != os.getpid():
+            return
         with self._changed:
             self._cancelled = True
             self._changed.notify_all()
@@ -376,6 +397,9 @@ class Pipeline:
             task.refused = error
         with self._changed:
             self._spare.append(done.outputs)
+            nbytes = min(job.tile, max(0, job.size - done.start)) * job.info.nbytes // max(1, job.size)
+            task.counted += nbytes
+            self._done_nbytes += nbytes
             task.active -= 1
             if task.refused is not None:
                 task.waiting.clear()
@@ -383,7 +407,7 @@ class Pipeline:
             self._changed.notify()
         if last:
             self._settle(task)
-        self._tell(min(job.tile, max(0, job.size - done.start)) * job.info.nbytes // max(1, job.size), "quantize")
+        self._tell("quantize")
 
     def _settle(self, task: _Task) -> None:
         """Finish a task whose tiles are all through, or start it again the way its values or the store demand."""
@@ -415,6 +439,8 @@ class Pipeline:
                 self._done_tensors += 1
             else:
                 task.refused = None
+                self._done_nbytes -= task.counted
+                task.counted = 0
                 task.waiting = deque(task.job.tiles)
                 self._urgent.append(task)
             self._changed.notify_all()
@@ -436,7 +462,7 @@ class Pipeline:
     def _publish(self, build: Build) -> None:
         try:
             if build.cache is not None and build.staged is not None:
-                self._tell(0, "sync")
+                self._tell("sync")
                 self._store(build, build.cache, build.staged)
         except CacheError as error:
             self._unsaved(build, error)
@@ -475,9 +501,8 @@ class Pipeline:
         cache.tally(misses=1, bytes_built=build.entry.header.nbytes, seconds_building=seconds)
         cache.flush()
 
-    def _tell(self, nbytes: int, phase: str) -> None:
+    def _tell(self, phase: str) -> None:
         with self._changed:
-            self._done_nbytes += nbytes
             now = time.monotonic()
             if self._progress is None or (now - self._told_s < 0.1 and self._done_tensors < self._total[1]):
                 return

@@ -65,6 +65,7 @@ class Shard:
         self.build: Build | None = None
         self.pipeline: Pipeline | None = None
         self.lock = threading.RLock()
+        self._asked: set[str] = set()  # native tensors that were read ahead
 
     @property
     def entry(self) -> StoredEntry | None:
@@ -78,15 +79,16 @@ class Shard:
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Begin to bring tensors into memory, and to check them; a build is at it anyway."""
-        stored, pool = self.stored, self.options.pool
-        infos = []
+        keys, infos = [], []
         for name in names:
-            if name in self.native:
+            if name in self.native and name not in self._asked:
+                self._asked.add(name)
                 infos.append(self.native[name])
-            elif stored is not None and name in self.records:
-                stored.read_ahead(self.records[name]["parts"].values())
-        if infos:
-            read_ahead(self.source.file, [(info.offset, info.nbytes) for info in infos], pool)
+            elif self.stored is not None and name in self.records:
+                keys += self.records[name]["parts"].values()
+        if keys and self.stored is not None:
+            self.stored.read_ahead(keys)
+        read_ahead(self.source.file, [(info.offset, info.nbytes) for info in infos], self.options.pool)
 
     def arrays(self, name: str) -> tuple[dict[str, Any], dict[str, Array]] | None:
         """Return a stored tensor's record and its arrays, checked as the load was asked to; None if it must be built.
@@ -157,10 +159,14 @@ class Shard:
                         return
                     jobs = plan(source, request)
                     staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
+                    self.build = Build(source, request, jobs, cache, staged, found, release, stamp, seen_ns)
+                    return
                 except CacheError as error:
                     unsaved = error
                     _unsaved(cache, source, error)
                 except BaseException:
+                    if staged is not None:
+                        staged.discard()
                     if release:
                         release()
                     raise
@@ -170,7 +176,7 @@ class Shard:
                     _unsaved(cache, source, unsaved)
         if jobs is None:
             jobs = plan(source, request)
-        self.build = Build(source, request, jobs, cache if staged else None, staged, found, release, stamp, seen_ns)
+        self.build = Build(source, request, jobs, None, None, found, release, stamp, seen_ns)
         self.build.unsaved = unsaved
 
     def _look(self, cache: Cache, stamp: Stamp, seen_ns: int, found: str | None) -> str | None:

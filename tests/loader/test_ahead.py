@@ -85,9 +85,9 @@ def test_prefetch_brings_what_was_asked_for(
 
     real = StoredEntry.read_into
 
-    def read_into(self: StoredEntry, position: int, buffer: memoryview) -> None:
+    def read_into(self: StoredEntry, position: int, buffer: memoryview) -> bool:
         read.extend(key for key, offset in self.header.offsets.items() if offset <= position < offset + self.header.slots[key].nbytes)
-        real(self, position, buffer)
+        return real(self, position, buffer)
 
     monkeypatch.setattr(StoredEntry, "read_into", read_into)
     with qc.load(model_path, "int8", cache=tmp_path / "c", verify=verify) as model:
@@ -165,3 +165,53 @@ def test_child_of_fork(model_path: Path, tmp_path: Path) -> None:
             os.kill(child, 9)
             os.waitpid(child, 0)
         assert ended == (child, 0)
+
+
+def test_interrupted_while_checking(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a check says nothing about the entry: the next who asks gets it, and it stays."""
+    with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        right = parts(model)
+    real, calls = ahead.digest, []
+
+    def digest(buffer: Any) -> bytes:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(buffer)
+
+    monkeypatch.setattr(ahead, "digest", digest)
+    with qc.load(model_path, "int8", cache=tmp_path / "c", threads=1) as model:
+        with pytest.raises(KeyboardInterrupt):
+            model["blocks.0.a.weight"]
+        assert parts(model) == right
+        assert model.hit
+    assert not list((tmp_path / "c").glob("v1/quarantine/*"))
+
+
+def test_no_threads_to_be_had(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no thread can be started, a hit is served by the caller, and a miss says so and holds nothing up."""
+    with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        right = parts(model)
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+            model.prefetch()
+            assert parts(model) == right
+        with pytest.raises(qc.QuantcacheError, match="no thread"):
+            qc.load(model_path, "nf4", cache=tmp_path / "c")
+    assert not list((tmp_path / "c").glob("v1/tmp/*"))
+    with qc.Cache(tmp_path / "c", lock_timeout_s=5) as store, qc.load(model_path, "nf4", cache=store) as model:
+        assert not model.hit
+
+
+def test_prefetch_again_and_again(model_path: Path, tmp_path: Path) -> None:
+    """What is queued, or there, is not queued again: also of tensors that are views of the source."""
+    for quant in ("int8", "native"):
+        with qc.load(model_path, quant, cache=tmp_path / "c", threads=1) as model:
+            for _ in range(100):
+                model.prefetch()
+            assert len(model._options.pool._queue) <= 3 * LAYERS

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -461,3 +463,18 @@ def test_documents_of_other_loaders(tmp_path: Path) -> None:
             cache.get_or_build({"other": 1}, lambda stage: (build(stage), 1 / 0))
         assert not list((tmp_path / "c" / "v1" / "tmp").iterdir())
         assert len(cache.entries()) == 1
+
+
+def test_a_hit_imports_nothing_slow(model_path: Path, tmp_path: Path) -> None:
+    """What a hit does not need is not imported: others' readers, a GPU, progress bars, codecs' peers."""
+    load_all(model_path, tmp_path / "c")
+    slow = {"gguf", "safetensors", "wgpu", "rich", "typer", "torch", "ml_dtypes", "concurrent.futures.process", "asyncio", "multiprocessing"}
+    code = (
+        "import sys, quantcache as qc\n"
+        "with qc.load(sys.argv[1], cache=sys.argv[2]) as model:\n"
+        "    assert model.hit\n"
+        "    for layer in model.layers(): pass\n"
+        f"print(sorted(set({sorted(slow)!r}) & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(model_path), str(tmp_path / "c")], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +87,131 @@ def test_progress_tells_rate_time_left_and_phases(model_path: Path, tmp_path: Pa
     assert {"read", "quantize", "write"} <= set(last.phases)
     assert Progress(0, 10, 0, 1, "quantize").left_s is None
     assert Progress(5, 10, 0, 1, "quantize", 2.0).left_s == pytest.approx(2.0)
+
+
+def test_progress_of_what_is_planned_anew(tmp_path: Path) -> None:
+    """Tiles of a tensor that turns out not to fit its plan count once."""
+    path = tmp_path / "m.safetensors"
+    weights = np.random.default_rng().standard_normal((4096, 1024), np.float32)
+    weights[-1, -1] = np.nan
+    save_file({"a.0.weight": weights, "a.1.weight": weights[:512] * np.float32(1e-9) * 0 + 1}, path)
+    told: list[Progress] = []
+    with pytest.warns(qc.QuantcacheWarning, match="kept"), qc.load(path, "int8", cache=tmp_path / "c", progress=told.append) as model:
+        model.finish()
+    assert max(report.done_nbytes for report in told) == told[-1].done_nbytes == told[-1].total_nbytes
+    assert all(report.left_s is None or report.left_s >= 0 for report in told)
+
+
+def test_interrupted_between_staging_and_building(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a build is set up leaves no temp file, and no lock that the next load would wait for."""
+    from quantcache.loader import pipeline
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "DigestBehind", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            qc.load(model_path, cache=tmp_path / "c")
+    assert left(tmp_path / "c") == []
+    with qc.Cache(tmp_path / "c", lock_timeout_s=5) as store, qc.load(model_path, cache=store) as model:
+        assert not model.hit
+
+
+def test_cancel_while_the_entry_is_rearranged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second file, into which an entry is copied whose plan did not hold, goes with the first."""
+    from quantcache.cache import blobs
+
+    path = tmp_path / "m.safetensors"
+    content = {f"a.{n}.weight": np.random.default_rng(n).standard_normal((512, 512), np.float32) for n in range(3)}
+    content["a.1.weight"][0, 0] = np.inf
+    save_file(content, path)
+    copying, go = threading.Event(), threading.Event()
+    real = blobs._copy
+
+    def slow(*arguments: Any) -> None:
+        copying.set()
+        assert go.wait(60)
+        real(*arguments)
+
+    monkeypatch.setattr(blobs, "_copy", slow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", qc.QuantcacheWarning)
+        model = qc.load(path, cache=tmp_path / "c")
+        assert copying.wait(60)
+        threads = model._pipelines[0]._threads
+        model.cancel()
+        assert left(tmp_path / "c") == []
+        go.set()
+        for thread in threads:
+            thread.join(60)
+    assert left(tmp_path / "c") == []
+
+
+def test_never_closed(model_path: Path, tmp_path: Path) -> None:
+    """A program that ends with a model open, its build under way, has it stored; exit handlers may still use a hit."""
+    code = (
+        "import atexit, sys, time, quantcache as qc\n"
+        "from quantcache.loader import digests, tiles\n"
+        "digests._CATCH_UP = 0; digests._PATIENCE_S = 0\n"  # much is read again at the end
+        "atexit.register(lambda: [open(sys.argv[1], 'rb') for _ in range(20)])\n"
+        "model = qc.load(sys.argv[1], cache=sys.argv[2], progress=lambda _: time.sleep(0.05))\n"
+        "atexit.register(lambda: [model[name] for name in model])\n"
+    )
+    for hit in (False, True):
+        done = subprocess.run([sys.executable, "-c", code, str(model_path), str(tmp_path / "c")], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        with qc.load(model_path, cache=tmp_path / "c", verify="open") as model:
+            assert model.hit, hit
+    assert not list((tmp_path / "c").glob("v1/quarantine/*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_child_of_fork_while_a_miss_is_under_way(model_path: Path, tmp_path: Path) -> None:
+    """A child has no workers: it is told so instead of waiting, and does not touch its parent's file."""
+    go = threading.Event()
+    model = qc.load(model_path, cache=tmp_path / "c", threads=1, progress=lambda _: go.wait(60))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with pytest.raises(qc.QuantcacheError, match="forked"):
+                model["blocks.3.a.weight"]
+            with pytest.raises(qc.QuantcacheError, match="forked"):
+                model.finish()
+            model.cancel()
+            code = 0
+        finally:
+            os._exit(code)
+    until = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+    go.set()
+    model.close()
+    with qc.load(model_path, cache=tmp_path / "c") as again:
+        assert again.hit
+
+
+def test_few_descriptors(tmp_path: Path) -> None:
+    """Many tensors that are planned anew, and many shards, fit a limit of a few open files."""
+    path = tmp_path / "m.safetensors"
+    rng = np.random.default_rng()
+    save_file({f"a.{n}.weight": rng.standard_normal((64, 128), np.float32) * np.float32(1e-6) for n in range(200)}, path)
+    code = (
+        "import sys, quantcache as qc, resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))\n"
+        "with qc.load(sys.argv[1], 'int8', cache=sys.argv[2]) as model: [model[name] for name in model]\n"
+        "assert not model.unsaved\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code, str(path), str(tmp_path / "c")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with qc.load(path, "int8", cache=tmp_path / "c") as model:
+        assert model.hit
