@@ -149,7 +149,7 @@ def warm(path: Path, quant: str, folder: Path, rounds: int, *, slow: bool) -> di
     def anew() -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         qc.Cache(fresh).close()  # a store is made once
-        settle(came + kept)
+        settle(min(came + kept, 2 << 30))
 
     rows = [
         Row("miss, all tensors there", lambda: load(path, fresh, quant, stored=True, hit=False), came),
@@ -207,7 +207,7 @@ def cold(path: Path, quant: str, folder: Path, rounds: int, floor_s: float) -> d
     def anew() -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         qc.Cache(fresh).close()
-        settle(kept + (64 << 20))
+        settle(min(kept + (64 << 20), 2 << 30))
         drop_cache(path, entry)
 
     def checked_ahead() -> None:

@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
 def alternate(rows: list[Row], rounds: int = 5, prepare: Callable[[], None] | None = None) -> dict[str, list[float]]:
     """Run every contender once a round, after one round that does not count.
 
-    A row whose `slow` is set runs in the first two rounds only.
+    A row whose `slow` is set runs once.
 
     Returns:
         name -> seconds of each round; what a call returns counts instead of what it took: a number, or numbers by name.
@@ -56,7 +56,7 @@ def alternate(rows: list[Row], rounds: int = 5, prepare: Callable[[], None] | No
     seconds: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for row in rows:
-            if row.slow and turn not in (0, 1):
+            if row.slow and turn != 1:
                 continue
             if prepare:
                 gc.collect()
