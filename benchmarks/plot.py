@@ -59,8 +59,8 @@ def plot(figures: dict[str, Any], cpu: str) -> str:
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
         parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in points if not dashes]
-        last = [found["seconds"][name] for found in figures.values() if name in found["seconds"]][-1]
-        text = f"{last:.3g} s" if last >= 1 else f"{last * 1e3:.3g} ms"
+        size, last = [(found["source"], found["seconds"][name]) for found in figures.values() if name in found["seconds"]][-1]
+        text = (f"{last:.3g} s" if last >= 1 else f"{last * 1e3:.3g} ms") + ("" if size == max(sizes) else f" at {size / 1e9:.2g} GB")
         labels.append([points[-1][1] + 4, f"{label}: {text}", colour])
     labels.sort()
     for above, below in itertools.pairwise(labels):  # no label over another
