@@ -11,7 +11,6 @@ of cores. A plot of time over size is written beside the figures with --plot.
 from __future__ import annotations
 
 import argparse
-import mmap
 import shutil
 import subprocess
 import sys
@@ -23,8 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import Row, alternate, costs_of, drop_cache, machine, median, settle, table, write_json
 from models import DTYPES, make, shapes
@@ -32,7 +29,7 @@ from plot import plot
 from safetensors.numpy import load_file
 
 import quantcache as qc
-from quantcache.loader.measure import floor, touch
+from quantcache.loader.measure import bare_mmap, floor, touch
 
 #: family, element type, codec, and whether the slow peers take part
 MODELS = [
@@ -77,14 +74,6 @@ def first(path: Path, cache: Path, quant: str, name: str) -> float:
     taken = time.perf_counter() - start
     model.cancel()
     return taken
-
-
-def bare_mmap(path: Path) -> None:
-    """Map a file and read every byte."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        view = np.frombuffer(mapped, np.uint8)
-        touch(view)
-        del view
 
 
 def raw_read(path: Path, threads: int) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from quantcache.cache.container import Slot, build_header
 from quantcache.cache.key import digest, key_of
 from quantcache.cache.maintenance import prune
 from quantcache.cache.store import Cache
+from quantcache.loader.measure import timed
 
 CONTENT = bytes(range(256)) * 4
 
@@ -45,16 +45,6 @@ def fill(root: Path, count: int) -> None:
         folder = root / "v1" / "entries" / key[:2]
         folder.mkdir(exist_ok=True)
         (folder / f"{key}.safetensors").write_bytes(build_header([slot], digests, document=document, records=[], built=built) + CONTENT)
-
-
-def timed(call: Callable[[], Any], rounds: int) -> float:
-    """Return the median seconds of a call."""
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
 
 
 def lookup(root: Path, numbers: list[int]) -> float:

@@ -240,7 +240,7 @@ class Stored:
                 for chunk in range(first, last):
                     at = (chunk - first) * slot.chunk
                     found[chunk] = digest(memory[at : min(at + slot.chunk, end - begin)])
-                return all(found) is False or combine(found) == self.entry.header.digests[key]
+                return not all(found) or combine(found) == self.entry.header.digests[key]
 
         tensor = self._tensors[key] = _Bringing(-(-chunks // each), work)
         if not chunks:

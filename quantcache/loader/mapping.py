@@ -28,23 +28,26 @@ _PAGE = mmap.PAGESIZE
 
 
 @cache
+def _libc(name: str, last: type[Any]) -> Any:
+    """Return madvise or mincore of libc, None off Linux: mmap's own madvise holds the GIL, and takes no address.
+
+    Args:
+        name: of the function, which takes an address, a length and one more.
+        last: type of that one.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, last]
+    return function
+
+
 def _madvise() -> Any:
-    """Return libc's madvise: unlike mmap.madvise it releases the GIL, and it takes any address."""
-    if not sys.platform.startswith("linux"):
-        return None
-    function = ctypes.CDLL(None, use_errno=True).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
+    return _libc("madvise", ctypes.c_int)
 
 
-@cache
 def _mincore() -> Any:
-    """Return libc's mincore, on Linux."""
-    if not sys.platform.startswith("linux"):
-        return None
-    function = ctypes.CDLL(None, use_errno=True).mincore
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    return function
+    return _libc("mincore", ctypes.c_void_p)
 
 
 def populate(address: int, nbytes: int) -> int:

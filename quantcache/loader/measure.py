@@ -35,7 +35,7 @@ from quantcache.quant.codec import Scratch, Status
 from quantcache.tensor import QuantTensor
 from quantcache.trace import Profile, working_for
 
-__all__ = ["Figure", "Floor", "floor", "measure", "touch"]
+__all__ = ["Figure", "Floor", "bare_mmap", "floor", "measure", "timed", "touch"]
 
 #: Tiles that the rates are measured on, spread over the model.
 _SAMPLES = 96
@@ -81,6 +81,12 @@ def touch(tensor: Any) -> int:
     return total
 
 
+def _recipe(wanted: dict[str, Any]) -> Recipe:
+    """Return the recipe that arguments of `load` mean."""
+    chosen = {name: wanted[name] for name in ("include", "exclude", "other", "native", "rules") if name in wanted}
+    return Recipe.of(wanted.get("quant", "nf4"), **chosen)
+
+
 def floor(path: str | os.PathLike[str], folder: Path, **wanted: Any) -> Floor:
     """Measure the rates of reading, quantizing and writing on tiles of the model itself, on one thread.
 
@@ -94,8 +100,7 @@ def floor(path: str | os.PathLike[str], folder: Path, **wanted: Any) -> Floor:
     """
     adapters = [open_adapter(*paired(given)) for given in wanted.get("lora", ())]
     sources = open_checkpoint(path, wanted.get("names", "auto"))
-    chosen = {name: wanted[name] for name in ("include", "exclude", "other", "native", "rules") if name in wanted}
-    request = Request(Recipe.of(wanted.get("quant", "nf4"), **chosen), resolve(adapters, sources))
+    request = Request(_recipe(wanted), resolve(adapters, sources))
     jobs = [(source, job) for source in sources for job in plan(source, request)]
     tiles = [(source, job, start) for source, job in jobs for start in job.tiles]
     source_nbytes = sum(job.info.nbytes for _, job in jobs)
@@ -117,7 +122,8 @@ def floor(path: str | os.PathLike[str], folder: Path, **wanted: Any) -> Floor:
                         status, pieces = encode_tile(source, job, start, work, outputs)
                 if not timed:
                     continue
-                read += source.extent(job.info, start, min(start + job.tile, job.size))[1] - source.extent(job.info, start, start)[0]
+                first, last = source.extent(job.info, start, min(start + job.tile, job.size))
+                read += last - first
                 for piece in pieces:
                     begin = time.perf_counter()
                     os.pwrite(descriptor, piece.buffer, wrote)
@@ -131,7 +137,7 @@ def floor(path: str | os.PathLike[str], folder: Path, **wanted: Any) -> Floor:
     kernels = sum(seconds for phase, seconds in spent.items() if phase != "read")
     begin = time.perf_counter()
     for source in {id(source): source for source, _ in jobs}.values():
-        _bare([source.path])
+        bare_mmap(source.path)
     read_s = (time.perf_counter() - begin) * source_nbytes / max(1, sum(path.stat().st_size for path in {source.path for source, _ in jobs}))
     return Floor(read_s, kernels * scale, write_s * stored_nbytes / max(1, wrote), source_nbytes, stored_nbytes)
 
@@ -185,17 +191,18 @@ def measure(path: str | os.PathLike[str], folder: Path, *, rounds: int = 3, thre
                 if first:
                     return
 
-    yield Figure("hit, first tensor", _median(lambda: hit(read=False, first=True), rounds), 0)
-    yield Figure("hit, every digest checked", _median(lambda: hit(read=False), rounds), kept, "what a load does")
-    yield Figure("hit, unchecked, every byte read", _median(lambda: hit(read=True, verify="off"), rounds), kept)
+    yield Figure("hit, first tensor", timed(lambda: hit(read=False, first=True), rounds), 0)
+    yield Figure("hit, every digest checked", timed(lambda: hit(read=False), rounds), kept, "what a load does")
+    yield Figure("hit, unchecked, every byte read", timed(lambda: hit(read=True, verify="off"), rounds), kept)
     entries = sorted(store.glob("v*/entries/*/*.safetensors"))
-    yield Figure("bare mmap of the entries", _median(lambda: _bare(entries), rounds), kept, "every byte read; no checks")
+    yield Figure("bare mmap of the entries", timed(lambda: bare_mmap(*entries), rounds), kept, "every byte read; no checks")
     files = [source.path for source in open_checkpoint(path, wanted.get("names", "auto"))]
     shutil.rmtree(store, ignore_errors=True)
     yield from _peers(files, path, rounds, wanted)
 
 
-def _median(call: Callable[[], Any], rounds: int) -> float:
+def timed(call: Callable[[], Any], rounds: int) -> float:
+    """Return the median seconds of a call."""
     taken = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -204,7 +211,8 @@ def _median(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(taken)
 
 
-def _bare(files: list[Path]) -> None:
+def bare_mmap(*files: Path) -> None:
+    """Map files and read every byte."""
     for file in files:
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             view = np.frombuffer(mapped, np.uint8)
@@ -255,8 +263,7 @@ _GGUF: dict[str, tuple[tuple[str, ...], str, str, str]] = {
 
 
 def _peers(files: list[Path], path: str | os.PathLike[str], rounds: int, wanted: dict[str, Any]) -> Iterator[Figure]:
-    chosen = {name: wanted[name] for name in ("include", "exclude", "other", "native", "rules") if name in wanted}
-    recipe = Recipe.of(wanted.get("quant", "nf4"), **chosen)
+    recipe = _recipe(wanted)
     sources = open_checkpoint(path, "file")
     becomes = {info.name: recipe.decide(info).codec for source in sources for info in source.tensors.values()}
     peers = _GGUF if sources[0].format == "gguf" else _SAFETENSORS

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,3 +82,31 @@ def _write_gguf(
 def write_gguf() -> Callable[..., Path]:
     """Return a function that writes a GGUF file from arrays and keys."""
     return _write_gguf
+
+
+@pytest.fixture
+def in_child() -> Callable[[Callable[[], None]], None]:
+    """Run something in a child of fork, which must end well within a minute; where there is no fork, the test is skipped."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+
+    def run(call: Callable[[], None]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                call()
+                code = 0
+            finally:
+                os._exit(code)
+        until = time.monotonic() + 60
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+            time.sleep(0.01)
+        if ended == (0, 0):
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        assert ended == (child, 0)
+
+    return run

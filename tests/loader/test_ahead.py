@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,28 +143,16 @@ def test_after_close(model_path: Path, tmp_path: Path) -> None:
     assert parts(hit) == right
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_child_of_fork(model_path: Path, tmp_path: Path) -> None:
+def test_child_of_fork(model_path: Path, tmp_path: Path, in_child: Callable[[Callable[[], None]], None]) -> None:
     """A child has none of its parent's threads, and waits for none of them."""
     qc.load(model_path, "int8", cache=tmp_path / "c").close()
     with qc.load(model_path, "int8", cache=tmp_path / "c", threads=2) as model:
         model.prefetch()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                code = 0 if len(parts(model)) == LAYERS else 1
-            finally:
-                os._exit(code)
-        until = time.monotonic() + 60
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
-            time.sleep(0.01)
-        if ended == (0, 0):
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-        assert ended == (child, 0)
+
+        def child() -> None:
+            assert len(parts(model)) == LAYERS
+
+        in_child(child)
 
 
 def test_interrupted_while_checking(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,32 +169,21 @@ def test_never_closed(model_path: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "c").glob("v1/quarantine/*"))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_child_of_fork_while_a_miss_is_under_way(model_path: Path, tmp_path: Path) -> None:
+def test_child_of_fork_while_a_miss_is_under_way(
+    model_path: Path, tmp_path: Path, in_child: Callable[[Callable[[], None]], None]
+) -> None:
     """A child has no workers: it is told so instead of waiting, and does not touch its parent's file."""
     go = threading.Event()
     model = qc.load(model_path, cache=tmp_path / "c", threads=1, progress=lambda _: go.wait(60))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            with pytest.raises(qc.QuantcacheError, match="forked"):
-                model["blocks.3.a.weight"]
-            with pytest.raises(qc.QuantcacheError, match="forked"):
-                model.finish()
-            model.cancel()
-            code = 0
-        finally:
-            os._exit(code)
-    until = time.monotonic() + 60
-    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
-        time.sleep(0.01)
-    if ended == (0, 0):
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert ended == (child, 0)
+
+    def child() -> None:
+        with pytest.raises(qc.QuantcacheError, match="forked"):
+            model["blocks.3.a.weight"]
+        with pytest.raises(qc.QuantcacheError, match="forked"):
+            model.finish()
+        model.cancel()
+
+    in_child(child)
     go.set()
     model.close()
     with qc.load(model_path, cache=tmp_path / "c") as again:
