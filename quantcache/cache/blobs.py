@@ -211,7 +211,7 @@ class StagedEntry:
         self._close()
         return nbytes
 
-    def _rewrite(self, header: bytes) -> bytes:
+    def _rewrite(self, header: bytearray) -> bytearray:
         """Copy the tensors to where they belong, into a second file that takes this one's place."""
         offsets, data_nbytes = arrange(self.slots.values())
         path = self._second = _temp_path(self._path.parent)

@@ -123,7 +123,7 @@ def build_header(
     records: Any,
     built: Mapping[str, Any],
     length: int | None = None,
-) -> bytes:
+) -> bytearray:
     """Return length and header of an entry file.
 
     Args:
@@ -153,12 +153,18 @@ def build_header(
         begin = offsets[slot.key]
         header[slot.key] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [begin, begin + slot.nbytes]}
     text = json.dumps(header, separators=(",", ":")).encode()
+    header.clear()  # of 20,000 tensors, header and text take 20 MB each
+    own.clear()
     if length is None:
         length = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
     if 8 + len(text) > length:
         raise ValueError(f"a header of {8 + len(text)} bytes does not fit {length}")
-    whole = (length - 8).to_bytes(8, "little") + text.ljust(length - 8)
-    return whole.replace(b'"quantcache.header":"' + _ZEROS.encode(), b'"quantcache.header":"' + digest(whole).hex().encode(), 1)
+    whole = bytearray(b" ") * length
+    whole[:8] = (length - 8).to_bytes(8, "little")
+    whole[8 : 8 + len(text)] = text
+    place = whole.index(b'"quantcache.header":"' + _ZEROS.encode()) + len(b'"quantcache.header":"')
+    whole[place : place + len(_ZEROS)] = digest(whole).hex().encode()
+    return whole
 
 
 def reserve_header(slots: Iterable[Slot], *, records: Any) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -22,19 +23,24 @@ except ImportError:  # Windows
 
 __all__ = ["acquire"]
 
-_POLL_S = 0.01
+#: How often a lock is asked for: a thousand waiters would cost a core then.
+_POLL_S = 0.004
 
 
-def acquire(path: str, *, access: Access, timeout_s: float | None) -> Callable[[], None]:
-    """Wait for a lock.
+def acquire(
+    path: str, *, access: Access, timeout_s: float | None, done: Callable[[], bool] = lambda: False
+) -> Callable[[], None]:
+    """Wait for a lock, or until whoever had it has done what it is wanted for.
 
     Args:
         path: of its file, which is made and stays.
         access: of the file.
         timeout_s: None waits.
+        done: asked once nobody holds the lock any more, by all that wait at the same time, rather than one after the other.
 
     Returns:
-        A function that gives it back, from any thread, once or often; it cannot fail.
+        A function that gives it back, from any thread, once or often; it cannot fail. Nothing is held if
+        `done` said so.
 
     Raises:
         LockTimeoutError: another process held it for too long.
@@ -49,7 +55,9 @@ def acquire(path: str, *, access: Access, timeout_s: float | None) -> Callable[[
             if access.shared:
                 with contextlib.suppress(PermissionError):  # another member made it
                     os.fchmod(descriptor, access.file_mode)
-            _wait(descriptor, until_s, timeout_s)
+            if not _wait(descriptor, until_s, timeout_s, done):
+                os.close(descriptor)
+                return lambda: None
             # somebody may have removed the file before it was locked: the lock of another one is nobody's
             if _same_file(descriptor, path):
                 break
@@ -69,18 +77,33 @@ def acquire(path: str, *, access: Access, timeout_s: float | None) -> Callable[[
     return release
 
 
-def _wait(descriptor: int, until_s: float | None, timeout_s: float | None) -> None:
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if until_s is not None and time.monotonic() >= until_s:
-                raise LockTimeoutError(
-                    f"another process has been building this entry for over {timeout_s} s", hint="wait for it, or raise --lock-timeout"
-                ) from None
-            time.sleep(_POLL_S)
-        else:
-            return
+def _wait(descriptor: int, until_s: float | None, timeout_s: float | None, done: Callable[[], bool]) -> bool:
+    """Return whether the lock is held; False if it is not needed.
+
+    All that wait look at the same time, with a shared lock, once for each holder; then one of them gets it.
+    """
+    if _try(descriptor, fcntl.LOCK_EX):
+        return True
+    looked = False
+    while until_s is None or time.monotonic() < until_s:
+        time.sleep(_POLL_S * random.uniform(0.5, 1.5))  # noqa: S311 - or those that share it would keep each other from having it
+        shared = not looked and _try(descriptor, fcntl.LOCK_SH)
+        if shared and done():
+            return False
+        looked = looked or shared
+        if looked and _try(descriptor, fcntl.LOCK_EX):
+            return True
+        looked = looked and _try(descriptor, fcntl.LOCK_SH)  # another holder: what it does is to be looked for again
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    raise LockTimeoutError(f"another process has been building this entry for over {timeout_s} s", hint="wait for it, or raise --lock-timeout")
+
+
+def _try(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _same_file(descriptor: int, path: str) -> bool:

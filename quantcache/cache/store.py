@@ -34,7 +34,7 @@ from quantcache.cache.filesystem import PRIVATE, files_in, make_folders, prepare
 from quantcache.cache.index import EntryRow
 from quantcache.cache.key import CONTAINER_VERSION, Stamp, canonical, key_of
 from quantcache.cache.settings import parse_share, parse_size, resolve
-from quantcache.cache.tolerant import KEY, TolerantIndex, entry_files, row_of, storable
+from quantcache.cache.tolerant import KEY, TolerantIndex, entry_files, row_of, storable, tensors_in
 from quantcache.errors import (
     CacheError,
     CorruptEntryError,
@@ -258,11 +258,12 @@ class Cache:
         finally:
             release()
 
-    def acquire(self, name: str) -> Callable[[], None]:
+    def acquire(self, name: str, done: Callable[[], bool] = lambda: False) -> Callable[[], None]:
         """Wait until no other process builds under this name; on file systems without locks, go on at once.
 
         Args:
             name: 32 hex digits.
+            done: whether another has built it meanwhile; nothing is locked then.
 
         Returns:
             A function that gives the lock back, from any thread.
@@ -274,7 +275,7 @@ class Cache:
             raise UsageError(f"{name!r} is not the name of a lock")
         path = f"{self.folder}{os.sep}locks{os.sep}{name}.lock"
         try:
-            return locks.acquire(path, access=self.access, timeout_s=self.lock_timeout_s)
+            return locks.acquire(path, access=self.access, timeout_s=self.lock_timeout_s, done=done)
         except OSError:
             return lambda: None  # two writers waste work then, and never mix bytes
 
@@ -345,21 +346,18 @@ class Cache:
 
     def publish(
         self, staged: StagedEntry, *, document: Mapping[str, Any], records: Any, built: Mapping[str, Any]
-    ) -> StoredEntry:
-        """Make a staged entry visible and write its row.
+    ) -> EntryRow:
+        """Make a staged entry visible, and write its row, which is returned.
 
         Raises:
             CacheError: the disk refused; nothing is visible then.
         """
         key = key_of(document)
         path = self.path_of(key)
-        staged.publish(path, document=document, records=records, built=built)
-        try:
-            entry = StoredEntry(key, path, shared=self.access.shared)
-        except OSError as error:
-            raise store_error(f"entry {key} was removed as soon as it was published", error) from error
-        self.index.call(lambda index: index.put([row_of(entry, time.time())]), None)
-        return entry
+        nbytes = staged.publish(path, document=document, records=records, built=built)
+        row = row_of(key, nbytes, document, built, tensors_in(records, staged.slots), time.time())
+        self.index.call(lambda index: index.put([row]), None)
+        return row
 
     def get_or_build(self, document: Mapping[str, Any], build: Callable[[Callable[..., StagedEntry]], Any]) -> StoredEntry:
         """Return the entry of a key document, building it once across processes; for loaders other than ours.
@@ -389,11 +387,15 @@ class Cache:
             try:
                 staged, records = build(stage)
                 built = {"seconds": round(time.monotonic() - start, 3), "created": time.time()}
-                return self.publish(staged, document=document, records=records, built=built)
+                self.publish(staged, document=document, records=records, built=built)
             except BaseException:
                 for left in made:
                     left.discard()
                 raise
+        entry = self.find(document)
+        if entry is None:
+            raise CacheError(f"entry {key_of(document)} was removed as soon as it was published")
+        return entry
 
     # ---- looking after it ----
 

@@ -11,10 +11,10 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from quantcache.cache.blobs import StoredEntry, quarantine
 from quantcache.cache.filesystem import PRIVATE, Access, files_in, locks_work
@@ -22,7 +22,7 @@ from quantcache.cache.index import EntryRow, Index, is_busy, is_damage
 from quantcache.cache.key import RACY_NS
 from quantcache.errors import CacheError, CorruptEntryError, StoreTooNewError
 
-__all__ = ["KEY", "TolerantIndex", "entry_files", "loose_files", "row_of"]
+__all__ = ["KEY", "TolerantIndex", "entry_files", "loose_files", "row_of", "tensors_in"]
 
 _T = TypeVar("_T")
 #: A key, and nothing else, becomes part of a path.
@@ -84,26 +84,38 @@ def loose_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def row_of(entry: StoredEntry, used_s: float) -> EntryRow:
-    """Return the row that an entry's own header gives."""
-    header, built = entry.header, entry.header.built
-    source = header.document.get("source") if isinstance(header.document, dict) else None
+def row_of(key: str, nbytes: int, document: Any, built: Mapping[str, Any], tensors: int, used_s: float) -> EntryRow:
+    """Return the row of an entry: what is looked for without opening it.
+
+    Args:
+        key: of the entry.
+        nbytes: of its file.
+        document, built: of its header.
+        tensors: how many it says that it has.
+        used_s: since the epoch.
+    """
+    source = document.get("source") if isinstance(document, dict) else None
     source = source if isinstance(source, dict) else {}  # another loader's document may say anything
     return EntryRow(
-        key=entry.key,
-        nbytes=header.nbytes,
+        key=key,
+        nbytes=nbytes,
         fingerprint=storable(built.get("fingerprint", "")),
         source_digest=storable(source.get("digest", "")),
         source_nbytes=int(_number(source.get("size"))),
         source_path=storable(built.get("path", "")),
         recipe=storable(built.get("recipe", "")),
-        tensors=len(header.records if isinstance(header.records, list) else header.slots),
+        tensors=tensors,
         created_s=_number(built.get("created", used_s)),
         used_s=used_s,
         hits=0,
         build_s=_number(built.get("seconds")),
         checked_s=0.0,
     )
+
+
+def tensors_in(records: Any, slots: Mapping[str, Any]) -> int:
+    """Return how many tensors an entry is said to have; other loaders' records may be anything."""
+    return len(records if isinstance(records, list) else slots)
 
 
 def storable(text: object) -> str:
@@ -119,7 +131,9 @@ def _number(value: object) -> float:
 def _row_in(path: Path, *, shared: bool) -> tuple[EntryRow | None, bool]:
     """Return the row of an entry file, or None if it is no entry; and whether that is for good, or only could not be told now."""
     try:
-        return row_of(StoredEntry(path.stem, path, shared=shared), path.stat().st_mtime), True
+        header = StoredEntry(path.stem, path, shared=shared).header
+        tensors = tensors_in(header.records, header.slots)
+        return row_of(path.stem, header.nbytes, header.document, header.built, tensors, path.stat().st_mtime), True
     except (CorruptEntryError, StoreTooNewError, ValueError, TypeError, AttributeError, OverflowError):
         return None, True
     except (CacheError, OSError):

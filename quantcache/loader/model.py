@@ -212,8 +212,8 @@ class Model(Mapping[str, Tensor]):
     @property
     def keys_in_store(self) -> list[str]:
         """Keys of the entries that serve this model; complete once it is closed."""
-        entries = [shard.entry or (shard.build.entry if shard.build else None) for shard in self._shards]
-        return [entry.key for entry in entries if entry is not None]
+        served = [shard.entry or (shard.build.row if shard.build else None) for shard in self._shards]
+        return [found.key for found in served if found is not None]
 
     @property
     def unsaved(self) -> list[CacheError]:

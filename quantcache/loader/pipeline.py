@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantcache
-from quantcache.cache.blobs import StagedEntry, StoredEntry
+from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.container import Slot
+from quantcache.cache.index import EntryRow
 from quantcache.cache.key import Stamp, digest, fingerprint
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, SourceError, shorten
@@ -108,12 +109,19 @@ def default_threads() -> int:
     return max(1, min(cores, MAX_THREADS))
 
 
+def _waiting(job: Job) -> list[int]:
+    """Return the tiles of a job, the first of them last: where it is taken from."""
+    return list(reversed(job.tiles))
+
+
 class _Task:
     """A job under way. All fields but `job` are guarded by the pipeline's lock."""
 
+    __slots__ = ("active", "build", "counted", "done", "error", "job", "refused", "target", "waiting")
+
     def __init__(self, build: Build, job: Job, target: StagedEntry | _Memory) -> None:
         self.build, self.job, self.target = build, job, target
-        self.waiting: deque[int] = deque(job.tiles)
+        self.waiting = _waiting(job)
         self.active = 0
         self.counted = 0  # bytes of the source that progress has
         self.done = False
@@ -153,7 +161,7 @@ class Build:
     stamp: Stamp
     seen_ns: int
     tasks: dict[str, _Task] = field(default_factory=dict)
-    entry: StoredEntry | None = None
+    row: EntryRow | None = None
     published: bool = False
     unsaved: CacheError | None = None
 
@@ -176,13 +184,13 @@ class Build:
 
     def hide(self) -> None:
         """Remove the temp file while a thread may still be busy with it."""
-        if self.staged is not None and self.entry is None:
+        if self.staged is not None and self.row is None:
             self.staged.unlink()
 
     def drop(self) -> None:
         """Let go of the temp file, unless it was published, and of the lock."""
         with self._dropping:
-            if self.staged is not None and self.entry is None:
+            if self.staged is not None and self.row is None:
                 self.staged.discard()
             release, self.release = self.release, None
             if release:
@@ -345,7 +353,7 @@ class Pipeline:
                         queue.popleft()
                     if queue and self._spare:
                         task = queue[0]
-                        start, outputs = task.waiting.popleft(), self._spare.pop()
+                        start, outputs = task.waiting.pop(), self._spare.pop()
                         task.active += 1
                         return lambda work, task=task, start=start, outputs=outputs: self._tile(task, start, work, outputs)  # type: ignore[misc]
                     waiting = waiting or bool(queue)
@@ -441,7 +449,7 @@ class Pipeline:
                 task.refused = None
                 self._done_nbytes -= task.counted
                 task.counted = 0
-                task.waiting = deque(task.job.tiles)
+                task.waiting = _waiting(task.job)
                 self._urgent.append(task)
             self._changed.notify_all()
 
@@ -496,9 +504,9 @@ class Pipeline:
             built |= {"adapters": [list(pair) for pair in build.request.given], "checkpoint": build.request.checkpoint}
         document = build.request.key_document(found, source.file.nbytes, source.reading())
         records = [build.tasks[job.info.name].job.record() for job in build.jobs]
-        build.entry = cache.publish(staged, document=document, records=records, built=built)
+        build.row = cache.publish(staged, document=document, records=records, built=built)
         cache.record_source(build.stamp, found, source.path.resolve(), build.seen_ns)
-        cache.tally(misses=1, bytes_built=build.entry.header.nbytes, seconds_building=seconds)
+        cache.tally(misses=1, bytes_built=build.row.nbytes, seconds_building=seconds)
         cache.flush()
 
     def _tell(self, phase: str) -> None:

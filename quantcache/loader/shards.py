@@ -8,12 +8,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.cache.blobs import StagedEntry, StoredEntry
+from quantcache.cache.container import Slot
 from quantcache.cache.key import Stamp, canonical, digest, fingerprint
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, StoreReadOnlyError
@@ -102,7 +103,7 @@ class Shard:
         keys = list(record["parts"].values())
         if not stored.intact(keys):
             raise DamagedError(f"tensor {name!r} is not what was stored")
-        return record, {key: _array(stored.entry, key) for key in keys}
+        return record, {key: _array(stored.entry.header.slots[key], stored.entry) for key in keys}
 
     def built(self, name: str) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return the same of the build that is under way, as soon as it is quantized.
@@ -112,11 +113,7 @@ class Shard:
         """
         assert self.build is not None and self.pipeline is not None
         task = self.pipeline.wait_for(self.build, name)
-        arrays = {}
-        for slot in task.job.slots:
-            raw = np.frombuffer(task.target.view(slot.key), np.uint8) if slot.nbytes else np.empty(0, np.uint8)
-            arrays[slot.key] = raw.view(array_dtype(slot.dtype)).reshape(slot.shape)
-        return task.job.record(), arrays
+        return task.job.record(), {slot.key: _array(slot, task.target) for slot in task.job.slots}
 
     def quarantine(self, cache: Cache, why: str) -> bool:
         """Move the entry that serves it out of the way; return whether that could be done, or somebody else did it."""
@@ -151,9 +148,16 @@ class Shard:
             if options.mode != "readonly" and not cache.readonly:
                 mark = fingerprint(source.file.memory)  # the digest may not be known before the build has taken it
                 name = digest(canonical([mark, request.key_document("", source.file.nbytes, source.reading())]).encode()).hex()
-                try:
-                    release = cache.acquire(name)
+
+                def served() -> bool:
+                    nonlocal found
                     found = self._look(cache, stamp, seen_ns, found)
+                    return self.stored is not None
+
+                try:
+                    release = cache.acquire(name, served)
+                    if self.stored is None:
+                        served()
                     if self.stored is not None:
                         release()
                         return
@@ -206,8 +210,15 @@ def _unsaved(cache: Cache, source: Source, error: CacheError) -> None:
     cache.complain(f"{source.path.name} is loaded but not saved: {error.message}")
 
 
-def _array(entry: StoredEntry, key: str) -> Array:
-    slot = entry.header.slots[key]
+class _Viewed(Protocol):
+    """What holds tensors' bytes: an entry, a staged one, or memory."""
+
+    def view(self, key: str) -> memoryview:
+        """Return a tensor's bytes."""
+
+
+def _array(slot: Slot, home: _Viewed) -> Array:
+    """Return a tensor as one read-only array; of 20,000 tensors every object more is felt."""
     if not slot.nbytes:
         return np.empty(slot.shape, array_dtype(slot.dtype))
-    return np.frombuffer(entry.view(key), np.uint8).view(array_dtype(slot.dtype)).reshape(slot.shape)
+    return np.ndarray(slot.shape, array_dtype(slot.dtype), home.view(slot.key))

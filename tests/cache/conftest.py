@@ -50,6 +50,9 @@ def put() -> Callable[..., StoredEntry]:
         if not path:
             return cache.get_or_build(document, build)
         staged, records = build(cache.stage)
-        return cache.publish(staged, document=document, records=records, built={"path": path, "seconds": 1.0})
+        cache.publish(staged, document=document, records=records, built={"path": path, "seconds": 1.0})
+        entry = cache.find(document)
+        assert entry is not None
+        return entry
 
     return build_entry

@@ -75,3 +75,46 @@ def test_a_file_that_is_removed(tmp_path: Path) -> None:
     third()
     waiter.join()
     got[0]()
+
+
+def test_those_who_waited_look_together(tmp_path: Path) -> None:
+    """Nobody has to hold the lock to find that it is not needed any more; who finds nothing done gets it, one at a time."""
+    path = str(tmp_path / "a.lock")
+    release = acquire(path, access=PRIVATE, timeout_s=None)
+    meeting = threading.Barrier(3)
+    returned: list[Any] = []
+
+    def found() -> bool:
+        meeting.wait(10)  # breaks unless all three look at the same time
+        return True
+
+    waiters = [
+        threading.Thread(target=lambda: returned.append(acquire(path, access=PRIVATE, timeout_s=10, done=found))) for _ in range(3)
+    ]
+    for waiter in waiters:
+        waiter.start()
+    time.sleep(0.05)
+    assert not returned
+    release()
+    for waiter in waiters:
+        waiter.join(10)
+    assert len(returned) == 3
+    held = acquire(path, access=PRIVATE, timeout_s=0)  # none of them has it
+    inside: list[int] = []
+
+    def build() -> None:
+        give_back = acquire(path, access=PRIVATE, timeout_s=10, done=lambda: False)
+        inside.append(1)
+        assert len(inside) == 1
+        time.sleep(0.01)
+        inside.pop()
+        give_back()
+        returned.append(None)
+
+    builders = [threading.Thread(target=build) for _ in range(4)]
+    for builder in builders:
+        builder.start()
+    held()
+    for builder in builders:
+        builder.join(10)
+    assert len(returned) == 7
