@@ -39,7 +39,7 @@ try:
 except ImportError:  # Windows: stale files are told by their age alone
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["StagedEntry", "StoredEntry", "quarantine", "remove_stale", "remove_stale_locks", "store_error"]
+__all__ = ["Reader", "StagedEntry", "StoredEntry", "quarantine", "remove_stale", "remove_stale_locks", "store_error"]
 
 #: What a staged file grows by at least, once a tensor needs more room than was planned; it is sparse.
 _EXTENSION = 64 << 20
@@ -355,29 +355,9 @@ class StoredEntry:
         start = self.header.offsets[key]
         return self.memory[start : start + self.header.slots[key].nbytes]
 
-    def read_into(self, position: int, buffer: memoryview) -> bool:
-        """Read bytes of the file into a buffer, which is filled; False if the path leads to another file by now.
-
-        Raises:
-            OSError: the disk failed, or the file is shorter.
-        """
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0))
-        except OSError:  # removed, or no descriptor is left: the mapping has it all the same
-            return False
-        try:
-            found = os.fstat(descriptor)
-            if (found.st_dev, found.st_ino) != self._file:
-                return False
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(descriptor, [buffer[done:]], position + done)
-                if count == 0:
-                    raise OSError(errno.EIO, "the entry became shorter")
-                done += count
-        finally:
-            os.close(descriptor)
-        return True
+    def reader(self) -> Reader:
+        """Return what reads the file by position, with a descriptor of its own."""
+        return Reader(self.path, self._file)
 
     def replaced(self) -> bool:
         """Return whether the path leads to another file by now: somebody built the entry again."""
@@ -391,6 +371,45 @@ class StoredEntry:
         """Return whether a tensor's bytes have the digest that was recorded when they were made."""
         with span("verify", self.header.slots[key].nbytes, key):
             return slot_digest(self.memory, self.header.slots[key], self.header.offsets[key]) == self.header.digests[key]
+
+
+class Reader:
+    """Read a file by position. One serves all pieces, since the system reads ahead by the descriptor; it is closed when let go.
+
+    Args:
+        path: of the file.
+        identity: its device and inode: where the path leads to another file by now, nothing is read.
+    """
+
+    def __init__(self, path: Path, identity: tuple[int, int]) -> None:
+        self._descriptor = -1
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0))
+            found = os.fstat(self._descriptor)
+            self._same = (found.st_dev, found.st_ino) == identity
+        except OSError:  # removed, or no descriptor is left: whoever has mapped the file has it all the same
+            self._same = False
+
+    def read_into(self, position: int, buffer: memoryview) -> bool:
+        """Fill a buffer; return False if the file cannot be had.
+
+        Raises:
+            OSError: the disk failed, or the file is shorter.
+        """
+        if not self._same:
+            return False
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor, [buffer[done:]], position + done)
+            if count == 0:
+                raise OSError(errno.EIO, "the entry became shorter")
+            done += count
+        return True
+
+    def __del__(self) -> None:
+        """Close the descriptor once nobody reads any more: closed under a reader, its number might be another file's."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
 
 def quarantine(path: Path, folder: Path) -> Path | None:

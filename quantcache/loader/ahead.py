@@ -7,6 +7,7 @@ the ways to read a cold disk the fastest here (docs/decisions/0010-hits.md). Kno
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from quantcache.cache.blobs import StoredEntry
+from quantcache.cache.blobs import Reader, StoredEntry
 from quantcache.cache.key import combine, digest
 from quantcache.errors import SourceError
 from quantcache.loader.mapping import MappedFile, is_cached, populate
@@ -179,13 +180,16 @@ class Stored:
         self._lock = threading.Lock()
         self._tensors: dict[str, _Bringing] = {}
         self._fine: set[str] = set()  # small ones, checked by whoever asked
+        self._reader: Reader | None = None  # while pieces are to be read from disk
+        self._unread = 0
 
     def read_ahead(self, keys: Iterable[str]) -> None:
         """Begin to bring tensors."""
         if self._pool.process != os.getpid():
             return
         with self._lock:
-            new = [self._bringing(key) for key in keys if key not in self._tensors and self._wanting(key)]
+            wanted = (key for key in keys if key not in self._tensors and self._wanting(key))
+            new = [self._bringing(key) for key in sorted(wanted, key=self.entry.header.offsets.__getitem__)]
         self._pool.ask(new)
 
     def _wanting(self, key: str) -> bool:
@@ -213,27 +217,46 @@ class Stored:
             wanted = [self._tensors.get(key) or self._bringing(key) for key in big]
         return not wanted or self._pool.wait(wanted)
 
+    def close(self) -> None:
+        """Keep no descriptor for what was asked for and did not come."""
+        with self._lock:
+            self._reader = None
+
+    def _read(self, key: str, begin: int, end: int) -> memoryview | None:
+        """Return a piece that may have to come from disk, in this thread's buffer or as it is mapped; None if it cannot be read."""
+        buffer = _buffer(end - begin)
+        with self._lock:
+            reader = self._reader = self._reader or self.entry.reader()
+        found: memoryview | None = None
+        with contextlib.suppress(OSError), span("read", end - begin, key):
+            if reader.read_into(begin, buffer):
+                found = buffer
+            elif not populate(self._address + begin, end - begin):
+                found = self.entry.memory[begin:end]
+        with self._lock:
+            self._unread -= 1
+            if not self._unread:
+                self._reader = None
+        return found
+
     def _bringing(self, key: str) -> _Bringing:
         slot = self.entry.header.slots[key]
         chunks, each = slot.chunks, max(1, _PIECE // slot.chunk)
         found: list[bytes] = [b""] * chunks
         start = self.entry.header.offsets[key]
         cached = is_cached(self._address + start, slot.nbytes)
+        if not cached:
+            self._unread += -(-chunks // each)
 
         def work(number: int) -> bool:
             first, last = number * each, min((number + 1) * each, chunks)
             begin, end = start + first * slot.chunk, start + min(last * slot.chunk, slot.nbytes)
             memory = self.entry.memory[begin:end]
             if not cached:
-                buffer = _buffer(end - begin)
-                try:
-                    with span("read", end - begin, key):
-                        if self.entry.read_into(begin, buffer):
-                            memory = buffer
-                        elif populate(self._address + begin, end - begin):
-                            return False
-                except OSError:
+                found_there = self._read(key, begin, end)
+                if found_there is None:
                     return False
+                memory = found_there
             if not self._check:
                 return True
             with span("verify", end - begin, key):

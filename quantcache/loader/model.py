@@ -166,7 +166,7 @@ class Model(Mapping[str, Tensor]):
         On a hit nothing is read before it is asked for: this asks for it. On a miss everything is under way already.
 
         Args:
-            names: which, in the order in which they will be wanted; all if None.
+            names: which; all if None. What is wanted of one call comes in the order of the file: by layer.
 
         Raises:
             KeyError: there is no such tensor.
@@ -263,6 +263,9 @@ class Model(Mapping[str, Tensor]):
 
     def _end(self) -> None:
         self._options.pool.close()
+        for shard in self._shards:
+            if shard.stored is not None:
+                shard.stored.close()
         trace.flush()
         if self._cache is not None and self._own_cache:
             self._cache.close()

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import quantcache as qc
+from quantcache.cache.blobs import Reader, StoredEntry
 from quantcache.loader import ahead
 
 LAYERS = 3
@@ -80,16 +81,16 @@ def test_prefetch_brings_what_was_asked_for(
     """Only the tensors that were named are read, and they are read without anybody asking again."""
     qc.load(model_path, "int8", cache=tmp_path / "c").close()
     monkeypatch.setattr(ahead, "is_cached", lambda *_: False)
+    (path,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
+    header = StoredEntry(path.stem, path).header
     read: list[str] = []
-    from quantcache.cache.blobs import StoredEntry
+    real = Reader.read_into
 
-    real = StoredEntry.read_into
-
-    def read_into(self: StoredEntry, position: int, buffer: memoryview) -> bool:
-        read.extend(key for key, offset in self.header.offsets.items() if offset <= position < offset + self.header.slots[key].nbytes)
+    def read_into(self: Reader, position: int, buffer: memoryview) -> bool:
+        read.extend(key for key, offset in header.offsets.items() if offset <= position < offset + header.slots[key].nbytes)
         return real(self, position, buffer)
 
-    monkeypatch.setattr(StoredEntry, "read_into", read_into)
+    monkeypatch.setattr(Reader, "read_into", read_into)
     with qc.load(model_path, "int8", cache=tmp_path / "c", verify=verify) as model:
         assert read == []
         model.prefetch(["blocks.1.a.weight"])
@@ -107,12 +108,11 @@ def test_an_entry_that_cannot_be_read(model_path: Path, tmp_path: Path, monkeypa
     with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
         right = parts(model)
     monkeypatch.setattr(ahead, "is_cached", lambda *_: False)
-    from quantcache.cache.blobs import StoredEntry
 
-    def fail(self: StoredEntry, position: int, buffer: memoryview) -> None:
+    def fail(self: Reader, position: int, buffer: memoryview) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(StoredEntry, "read_into", fail)
+    monkeypatch.setattr(Reader, "read_into", fail)
     with pytest.warns(qc.QuantcacheWarning, match="not what was stored"), qc.load(model_path, "int8", cache=tmp_path / "c") as model:
         assert parts(model) == right
 
@@ -203,3 +203,30 @@ def test_prefetch_again_and_again(model_path: Path, tmp_path: Path) -> None:
             for _ in range(100):
                 model.prefetch()
             assert len(model._options.pool._queue) <= 3 * LAYERS
+
+
+def test_no_descriptor_is_left(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a cold entry takes one descriptor, which is given back when all came, or the model is closed before."""
+    qc.load(model_path, "int8", cache=tmp_path / "c").close()
+    monkeypatch.setattr(ahead, "is_cached", lambda *_: False)
+    (path,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
+
+    def held() -> int:
+        found = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+        return sum(os.path.samefile(link, path) for link in found if link.exists())
+
+    with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        opened = held()  # Python's mapping may keep one
+        model.prefetch()
+        parts(model)
+        assert held() == opened
+    gone = Reader(tmp_path / "nothing", (0, 0))
+    assert not gone.read_into(0, memoryview(bytearray(4)))
+    monkeypatch.setattr(ahead.Pool, "ask", lambda *_, **__: None)
+    model = qc.load(model_path, "int8", cache=tmp_path / "c")
+    opened = held()
+    model.prefetch()
+    model["blocks.0.a.weight"]  # the others never come
+    assert held() == opened + 1
+    model.close()
+    assert held() == opened
