@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Row, alternate, costs_of, drop_cache, machine, median, settle, table, write_json
+from common import Row, alternate, as_installed, costs_of, drop_cache, machine, median, settle, table, write_json
 from models import DTYPES, make, shapes
 from plot import plot
 from safetensors.numpy import load_file
@@ -120,6 +120,23 @@ def bitsandbytes(path: Path, quant: str) -> Callable[[], None] | None:
     return run
 
 
+def torch_load(path: Path) -> Callable[[], None] | None:
+    """Return torch's own way to read the file, nothing quantized."""
+    try:
+        from safetensors.torch import load_file as load_tensors
+    except ImportError as error:
+        print(f"peer left out: {error}")
+        return None
+    return lambda: [tensor.sum() for tensor in load_tensors(path).values()] and None
+
+
+def new_store(folder: Path) -> None:
+    """Make an empty store: a user makes one once."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with qc.Cache(folder) as cache:
+        cache.usage()  # the index, too
+
+
 def entry_of(cache: Path) -> Path:
     """Return the one entry file of a store."""
     (entry,) = cache.glob("v*/entries/*/*.safetensors")
@@ -136,8 +153,7 @@ def warm(path: Path, quant: str, folder: Path, rounds: int, *, slow: bool) -> di
         wanted = next(report.name for report in model.report() if report.codec == quant)
 
     def anew() -> None:
-        shutil.rmtree(fresh, ignore_errors=True)
-        qc.Cache(fresh).close()  # a store is made once
+        new_store(fresh)
         settle(min(came + kept, 2 << 30))
 
     rows = [
@@ -145,14 +161,14 @@ def warm(path: Path, quant: str, folder: Path, rounds: int, *, slow: bool) -> di
         Row("miss on one thread", lambda: load(path, fresh, quant, hit=False, threads=1), came),
         Row("miss, mode=off", lambda: load(path, None, quant, mode="off"), came),
         Row("miss, one tensor", lambda: first(path, fresh, quant, wanted), 0),
-        Row("hit, one tensor", lambda: first(path, cache, quant, wanted), 0),
-        Row("hit, every digest checked", lambda: load(path, cache, quant, hit=True), kept),
-        Row("hit, unchecked, every byte read", lambda: load(path, cache, quant, hit=True, read=True, verify="off"), kept),
-        Row("hit, by layers, checked and read", lambda: by_layers(path, cache, quant), kept),
-        Row("hit, nothing read", lambda: load(path, cache, quant, hit=True, verify="off"), 0),
-        Row("bare mmap of the entry, every byte read", lambda: bare_mmap(entry), kept),
-        Row("bare mmap of the source, every byte read", lambda: bare_mmap(path), came),
-        Row("cat of the source", lambda: cat(path), came),
+        Row("hit, one tensor", lambda: first(path, cache, quant, wanted), 0, prepared=False),
+        Row("hit, every digest checked", lambda: load(path, cache, quant, hit=True), kept, prepared=False),
+        Row("hit, unchecked, every byte read", lambda: load(path, cache, quant, hit=True, read=True, verify="off"), kept, prepared=False),
+        Row("hit, by layers, checked and read", lambda: by_layers(path, cache, quant), kept, prepared=False),
+        Row("hit, nothing read", lambda: load(path, cache, quant, hit=True, verify="off"), 0, prepared=False),
+        Row("bare mmap of the entry, every byte read", lambda: bare_mmap(entry), kept, prepared=False),
+        Row("bare mmap of the source, every byte read", lambda: bare_mmap(path), came, prepared=False),
+        Row("cat of the source", lambda: cat(path), came, prepared=False),
         Row("load_file of the entry", lambda: len(load_file(entry)), kept),
     ]
     try:
@@ -160,6 +176,8 @@ def warm(path: Path, quant: str, folder: Path, rounds: int, *, slow: bool) -> di
         rows.append(Row("load_file of the source", lambda: len(load_file(path)), came, slow=came > 1 << 31))
     except (TypeError, KeyError, AttributeError):  # NumPy has no bfloat16
         pass
+    if slow and (peer := torch_load(path)):
+        rows.append(Row("torch: load_file of the source, summed", peer, came, slow=came > 1 << 31, prepared=False))
     if came > 1 << 31:  # minutes each, and no other answer
         rows = [row for row in rows if row.name not in ("miss on one thread", "hit, by layers, checked and read", "cat of the source")]
     if slow and (peer := bitsandbytes(path, quant)):
@@ -194,8 +212,7 @@ def cold(path: Path, quant: str, folder: Path, rounds: int, floor_s: float) -> d
     kept = entry.stat().st_size
 
     def anew() -> None:
-        shutil.rmtree(fresh, ignore_errors=True)
-        qc.Cache(fresh).close()
+        new_store(fresh)
         settle(min(kept + (64 << 20), 2 << 30))
         drop_cache(path, entry)
 
@@ -235,7 +252,7 @@ def processes(path: Path, quant: str, folder: Path, rounds: int) -> dict[str, An
     fresh = folder / "fresh"
 
     def run(count: int) -> float:
-        started = [subprocess.Popen([sys.executable, "-c", code, str(path), str(fresh), quant], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started = [subprocess.Popen([sys.executable, "-c", code, str(path), str(fresh), quant], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=as_installed())
                    for _ in range(count)]  # fmt: skip
         for process in started:
             assert process.stdout is not None
@@ -250,8 +267,7 @@ def processes(path: Path, quant: str, folder: Path, rounds: int) -> dict[str, An
         return max(float(seconds) for seconds, _ in said)
 
     def anew() -> None:
-        shutil.rmtree(fresh, ignore_errors=True)
-        qc.Cache(fresh).close()
+        new_store(fresh)
         settle(1 << 29)
 
     rows = [Row("one process", lambda: run(1), 0), Row("four processes, the last", lambda: run(4), 0)]
@@ -259,6 +275,61 @@ def processes(path: Path, quant: str, folder: Path, rounds: int) -> dict[str, An
     found = {name: median(values) for name, values in seconds.items()}
     table(f"The same miss, {path.stem}, {quant}", ("", "ms", "times one"), [(n, s * 1e3, s / found["one process"]) for n, s in found.items()])
     shutil.rmtree(fresh, ignore_errors=True)
+    return found
+
+
+def gguf_file(folder: Path, size: int, rounds: int) -> dict[str, Any]:
+    """Compare how a GGUF file of Q4_K blocks becomes float32 for a runtime that has no kernels for them."""
+    try:
+        import gguf
+        import libgguf
+        import numpy as np
+    except ImportError as error:
+        print(f"peer left out: {error}")
+        return {}
+    path, cache, fresh = folder / "blocks.gguf", folder / "cache", folder / "fresh"
+    writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(3)
+    q4_k = gguf.GGMLQuantizationType.Q4_K
+    for number in range(max(2, size // (4 << 20))):
+        blocks = rng.integers(0, 256, (2048, 16, 144), dtype=np.uint8)
+        blocks[:, :, :4] = rng.normal(0, 0.01, (2048, 16, 2)).astype("<f2").view(np.uint8)
+        writer.add_tensor(f"blk.{number}.ffn_up.weight", blocks.reshape(2048, -1), raw_dtype=q4_k)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    time.sleep(2.2)
+    came = path.stat().st_size
+    convert = {"quant": qc.Recipe([], other="f16", native="convert"), "hit": None}
+
+    def theirs(decode: Callable[[Any], Any]) -> None:
+        for tensor in gguf.GGUFReader(path).tensors:
+            decode(tensor.data)
+
+    def with_libgguf(data: Any) -> None:
+        libgguf.dequantize_rows(np.ascontiguousarray(data), libgguf.GGMLQuantizationType.Q4_K)
+
+    load(path, cache, **convert, stored=True)
+    rows = [
+        Row("blocks as they are, read", lambda: load(path, cache, "native", read=True), came, prepared=False),
+        Row("bare mmap, every byte read", lambda: bare_mmap(path), came, prepared=False),
+        Row("miss to float16", lambda: load(path, fresh, **convert, stored=True), came),
+        Row("hit, every digest checked", lambda: load(path, cache, **convert), came, prepared=False),
+        Row("libgguf to float32", lambda: theirs(with_libgguf), came, prepared=False),
+        Row("gguf-py to float32", lambda: theirs(lambda data: gguf.quants.dequantize(data, q4_k)), came, slow=True, prepared=False),
+    ]
+
+    def anew() -> None:
+        new_store(fresh)
+        settle(8 * came)
+
+    seconds = alternate(rows, rounds, prepare=anew)
+    found = {name: median(values) for name, values in seconds.items()}
+    best = found["bare mmap, every byte read"]
+    table(f"A GGUF file of Q4_K, {came / 1e6:.0f} MB", ("load", "ms", "of a bare mmap"), [(n, s * 1e3, s / best) for n, s in found.items()])
+    for folder_of_rows in (cache, fresh):
+        shutil.rmtree(folder_of_rows, ignore_errors=True)
+    path.unlink()
     return found
 
 
@@ -290,6 +361,8 @@ def main() -> None:
                     if size < 2_000_000_000:
                         figures.setdefault("processes", {})[name] = processes(path, quant, folder, rounds)
                 path.unlink()
+                write_json(options.json, {"load, seconds": figures})  # now, should the rest be stopped
+        figures["gguf"] = gguf_file(folder, sizes[0], options.rounds)
     write_json(options.json, {"load, seconds": figures})
     if options.plot:
         series = {name: f for name, f in figures["warm"].items() if name.startswith("llama f16 nf4")}

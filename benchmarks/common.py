@@ -19,12 +19,21 @@ from typing import Any
 
 @dataclass
 class Row:
-    """One contender: its name, what one call does, and how many bytes of input that reads."""
+    """One contender.
+
+    Args:
+        name: of it.
+        call: does it once.
+        nbytes: bytes of input that this reads.
+        slow: it runs once.
+        prepared: what `alternate` is given to prepare is for it, too.
+    """
 
     name: str
     call: Callable[[], Any]
     nbytes: int
     slow: bool = False
+    prepared: bool = True
 
 
 def machine() -> dict[str, Any]:
@@ -48,8 +57,6 @@ def machine() -> dict[str, Any]:
 def alternate(rows: list[Row], rounds: int = 5, prepare: Callable[[], None] | None = None) -> dict[str, list[float]]:
     """Run every contender once a round, after one round that does not count.
 
-    A row whose `slow` is set runs once.
-
     Returns:
         name -> seconds of each round; what a call returns counts instead of what it took: a number, or numbers by name.
     """
@@ -58,8 +65,8 @@ def alternate(rows: list[Row], rounds: int = 5, prepare: Callable[[], None] | No
         for row in rows:
             if row.slow and turn != 1:
                 continue
-            if prepare:
-                gc.collect()
+            gc.collect()
+            if prepare and row.prepared:
                 prepare()
             start = time.perf_counter()
             found = row.call()
@@ -69,6 +76,11 @@ def alternate(rows: list[Row], rounds: int = 5, prepare: Callable[[], None] | No
                 for name, value in measured.items():
                     seconds.setdefault(name, []).append(value)
     return seconds
+
+
+def as_installed() -> dict[str, str]:
+    """Return the environment of a child that keeps what Python compiles, as an installation does."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def settle(nbytes: int) -> None:
@@ -139,7 +151,7 @@ def costs_of(statement: str, *arguments: object) -> dict[str, int]:
         "print(peak[0] - before, *(last[k] - first[k] for k in ('rchar', 'wchar', 'read_bytes', 'write_bytes')))\n"
     )
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=as_installed()).stdout.split()
     return dict(zip(("anonymous", "read", "written", "from disk", "to disk"), map(int, said), strict=True))
 
 

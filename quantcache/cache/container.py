@@ -38,9 +38,9 @@ _ITEMSIZE = {"U8": 1, "I8": 1, "BOOL": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 
 _ZEROS = "0" * 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes four times as long to make, and a hit makes hundreds
 class Slot:
-    """Describe one tensor of an entry file.
+    """Describe one tensor of an entry file; nobody changes it.
 
     Args:
         key: its name in the file.
@@ -60,7 +60,7 @@ class Slot:
 
     def __post_init__(self) -> None:
         """Find the size."""
-        object.__setattr__(self, "nbytes", math.prod(self.shape) * _ITEMSIZE[self.dtype])
+        self.nbytes = math.prod(self.shape) * _ITEMSIZE[self.dtype]
 
     @property
     def chunks(self) -> int:
