@@ -4,8 +4,9 @@ Models of real shapes are made (benchmarks/models.py). Contenders alternate in o
 slowest. The floor is what one core needs to read, quantize and write at the rates that each has alone, over the number
 of cores. A plot of time over size is written beside the figures with --plot.
 
-    bench_load.py                 0.1 and 1 GB: some minutes
-    bench_load.py --full          7 GB, too
+    bench_load.py                 all shapes and types at 0.1 GB, a Llama at 1 GB: some minutes
+    bench_load.py --full          all at 1 GB, and the Llama at 7 GB, too
+    bench_load.py --sizes 7       only that size, in GB
 """
 
 from __future__ import annotations
@@ -339,17 +340,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default 5)")
     parser.add_argument("--quick", action="store_true", help="small models, to see that it runs")
     parser.add_argument("--full", action="store_true", help="the 7 GB model, too")
+    parser.add_argument("--sizes", help="of the models, in GB, separated by commas")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--plot", type=Path, help="write the plot here")
     options = parser.parse_args()
     warnings.simplefilter("error", qc.QuantcacheWarning)
     sizes = [10_000_000] if options.quick else [100_000_000, 1_000_000_000] + [7_000_000_000] * options.full
+    if options.sizes:
+        sizes = [round(float(size) * 1e9) for size in options.sizes.split(",")]
+    all_below = 2_000_000_000 if options.full else 500_000_000
     figures: dict[str, Any] = {"warm": {}, "cold": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for size in sizes:
             label = f"{size / 1e9:g} GB"
-            for family, dtype, quant, slow in MODELS if size < 2_000_000_000 else MODELS[:1]:
+            for family, dtype, quant, slow in MODELS if size < all_below else MODELS[:1]:
                 path = folder / f"{family}-{dtype}-{size / 1e9:g}GB.safetensors"
                 make(path, shapes(family, size, DTYPES[dtype][1]), dtype)
                 time.sleep(2.2)  # a file as young as that is digested by every load: nobody's model is
@@ -362,7 +367,7 @@ def main() -> None:
                         figures.setdefault("processes", {})[name] = processes(path, quant, folder, rounds)
                 path.unlink()
                 write_json(options.json, {"load, seconds": figures})  # now, should the rest be stopped
-        figures["gguf"] = gguf_file(folder, sizes[0], options.rounds)
+        figures["gguf"] = gguf_file(folder, min(sizes[0], 200_000_000), options.rounds)
     write_json(options.json, {"load, seconds": figures})
     if options.plot:
         series = {name: f for name, f in figures["warm"].items() if name.startswith("llama f16 nf4")}
