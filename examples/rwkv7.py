@@ -1,6 +1,6 @@
 """Run RWKV-7 in plain NumPy over a cached checkpoint, and print how far each codec moves the logits.
 
-    python examples/rwkv7.py MODEL --quant f16,int8,nf4 [--expected LOGITS.bin]
+    python examples/rwkv7.py MODEL --quant f16,int8,nf4 [--expected LOGITS.bin] [--device gpu]
 
 Source: Peng et al. 2025, arXiv:2503.14456; the tensors' names are those of the original checkpoints.
 """
@@ -27,9 +27,46 @@ def normalize(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 
     return (centred / np.sqrt(groups.var(axis=2, keepdims=True) + eps)).reshape(x.shape) * weight + bias
 
 
+class OnGpu:
+    """A matrix that stays on the GPU: x @ m.T and m @ x are computed there.
+
+    Args:
+        tensor: the matrix.
+    """
+
+    __array_ufunc__ = None  # so that NumPy leaves x @ m.T to this class
+
+    def __init__(self, tensor: qc.gpu.GpuTensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def T(self) -> OnGpu:  # noqa: N802 - NumPy's name
+        """The same: only x @ m.T is ever asked for."""
+        return self
+
+    def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
+        """Return x @ m.T."""
+        return qc.gpu.matvec(self.tensor, x)
+
+    def __matmul__(self, x: np.ndarray) -> np.ndarray:
+        """Return m @ x, of a vector."""
+        return qc.gpu.matvec(self.tensor, x)
+
+
+def on_gpu(model: qc.Model, there: qc.gpu.GpuModel) -> dict[str, np.ndarray | OnGpu]:
+    """Return the weights: matrices where they are on the GPU, the rest (vectors, and the embedding's table) as arrays."""
+    matrices = {n for n, t in there.items() if len(t.shape) == 2 and n.endswith(".weight") and n != "emb.weight"}
+    return {n: OnGpu(there[n]) if n in matrices else array(model[n]) for n in model}
+
+
+def array(tensor: np.ndarray | qc.QuantTensor) -> np.ndarray:
+    """Return a tensor's weights."""
+    return tensor if isinstance(tensor, np.ndarray) else tensor.dequantize(np.float32)
+
+
 def forward(weights: Mapping[str, np.ndarray], tokens: Sequence[int]) -> np.ndarray:
     """Return float32[vocabulary]: the logits after the last token; layer by layer, all tokens at once."""
-    w = {name: np.squeeze(weight).astype(np.float32) for name, weight in weights.items()}
+    w = {n: weight if isinstance(weight, OnGpu) else np.squeeze(weight).astype(np.float32) for n, weight in weights.items()}
     n_heads, head = weights["blocks.0.att.r_k"].shape
     x = normalize(w["emb.weight"][list(tokens)], w["blocks.0.ln0.weight"], w["blocks.0.ln0.bias"])
     for layer in range(sum(name.endswith(".ffn.x_k") for name in w)):
@@ -68,13 +105,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="an RWKV-7 checkpoint")
     parser.add_argument("--quant", default="f16,int8,nf4", help="codecs, separated by commas")
     parser.add_argument("--prompt", default='"in', help="its bytes are the tokens")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where matrices are multiplied")
     parser.add_argument("--expected", help="float32 logits to compare with; default: those of the first codec")
     args = parser.parse_args(argv)
     wanted = np.fromfile(args.expected, np.float32) if args.expected else None
     for quant in args.quant.split(","):
         with qc.load(args.model, quant=quant) as model:
-            weights = {n: t if isinstance(t, np.ndarray) else t.dequantize(np.float32) for n, t in model.items()}
-            logits = forward(weights, args.prompt.encode())
+            if args.device == "gpu":
+                with model.upload() as there:
+                    logits = forward(on_gpu(model, there), args.prompt.encode())
+            else:
+                logits = forward({n: array(tensor) for n, tensor in model.items()}, args.prompt.encode())
             wanted = logits if wanted is None else wanted
             print(f"{quant:8} {'hit ' if model.hit else 'miss'} max difference {np.abs(logits - wanted).max():.3g}")
 

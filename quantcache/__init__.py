@@ -12,6 +12,8 @@ if TYPE_CHECKING:
         CodecError,
         CorruptEntryError,
         DeviceError,
+        DeviceOutOfMemory,
+        DeviceUnavailable,
         KernelError,
         KeyNotFoundError,
         LockTimeoutError,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         StoreTooNewError,
         UsageError,
     )
+    from quantcache.loader import gpu
     from quantcache.loader.model import Model, load
     from quantcache.loader.recipe import Recipe
     from quantcache.tensor import QuantTensor, TensorInfo
@@ -36,6 +39,8 @@ __all__ = [
     "CodecError",
     "CorruptEntryError",
     "DeviceError",
+    "DeviceOutOfMemory",
+    "DeviceUnavailable",
     "KernelError",
     "KeyNotFoundError",
     "LockTimeoutError",
@@ -52,6 +57,7 @@ __all__ = [
     "TensorInfo",
     "UsageError",
     "__version__",
+    "gpu",
     "load",
 ]
 
@@ -69,7 +75,10 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `quantcache ls` must not pay for NumPy."""
     if name not in __all__:
         raise AttributeError(f"module 'quantcache' has no attribute {name!r}")
-    found = getattr(importlib.import_module(_HOMES.get(name, "quantcache.errors")), name)
+    if name == "gpu":
+        found: Any = importlib.import_module("quantcache.loader.gpu")
+    else:
+        found = getattr(importlib.import_module(_HOMES.get(name, "quantcache.errors")), name)
     globals()[name] = found
     return found
 

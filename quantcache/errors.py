@@ -15,7 +15,9 @@ The tree::
     │   ├── LockTimeoutError        another process held the lock for too long        11
     │   ├── StoreTooNewError        written by a newer quantcache                     12
     │   └── StoreReadOnlyError      the store cannot be written                       13
-    └── DeviceError                 no usable GPU, or it ran out of something          1
+    └── DeviceError                 the GPU failed, was lost, or was closed            1
+        ├── DeviceUnavailable       there is no GPU that can be used                  14
+        └── DeviceOutOfMemory       its memory does not take what was asked for       15
 
     QuantcacheWarning (UserWarning) something was done without the cache, or a tensor was kept
 """
@@ -27,6 +29,8 @@ __all__ = [
     "CodecError",
     "CorruptEntryError",
     "DeviceError",
+    "DeviceOutOfMemory",
+    "DeviceUnavailable",
     "KernelError",
     "KeyNotFoundError",
     "LockTimeoutError",
@@ -153,7 +157,31 @@ class StoreReadOnlyError(CacheError):
 
 
 class DeviceError(QuantcacheError):
-    """Report a GPU that is missing or failed."""
+    """Report a GPU that failed or was lost, or what was closed."""
+
+
+class DeviceUnavailable(DeviceError):  # noqa: N818 - what is missing, rather than what failed
+    """Report that there is no GPU that can be used."""
+
+    exit_code = 14
+
+
+class DeviceOutOfMemory(DeviceError):  # noqa: N818 - the field's own name
+    """Report memory that a GPU does not have.
+
+    Args:
+        message: what was asked for, and what there is.
+        asked: bytes.
+        held: bytes that this device's uploads held at that time.
+        hint: what helps.
+    """
+
+    exit_code = 15
+
+    def __init__(self, message: str, *, asked: int = 0, held: int = 0, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.asked = asked
+        self.held = held
 
 
 def shorten(name: str, limit: int = 120) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from quantcache.errors import CodecError, UsageError
 
-__all__ = ["BLOCKS", "ITEMSIZE", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype", "output_for"]
+__all__ = ["BLOCKS", "ITEMSIZE", "PartSize", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype", "output_for"]
 
 #: Bytes per element of every safetensors element type that is whole bytes.
 ITEMSIZE: Mapping[str, int] = {
@@ -176,6 +176,21 @@ class TensorInfo:
     def is_known(self) -> bool:
         """False for a type of which nothing is known but its number."""
         return self.dtype in ITEMSIZE or self.dtype in BLOCKS
+
+
+@dataclass(frozen=True, slots=True)
+class PartSize:
+    """Describe one part of a tensor that somebody will get.
+
+    Args:
+        name: "codes".
+        dtype: element type.
+        nbytes: its size.
+    """
+
+    name: str
+    dtype: str
+    nbytes: int
 
 
 #: decode(parts, shape, element type, out or None) -> array of that shape

@@ -41,7 +41,7 @@ MUST_NOT_IMPORT: list[tuple[str, str, str]] = [
     (r"errors", r"(?!__future__).*", "everything imports it, so that it costs nothing and cannot make a circle"),
     (r"cache(\..*)?", r"numpy|wgpu|ml_dtypes|gguf", "`quantcache ls` answers at once, and bytes need no arrays"),
     (r"cli|verbs\..*|render|", r"numpy|wgpu|ml_dtypes|gguf", "`quantcache ls` answers at once"),
-    (r"(?!loader\.gpu$).*", r"wgpu", "it is slow to import and can abort the process: one file knows how to handle it"),
+    (r"(?!loader\.gpu\.device$).*", r"wgpu", "it is slow to import and can abort the process: one file knows how to handle it"),
     (r"(?!cache\.(index|tolerant)$).*", r"sqlite3", "one file has the SQL; tolerant.py only catches its error class"),
     (r"loader\.formats\..*", r"quantcache\.loader\.(pipeline|model|plan|recipe)", "a new format is one file"),
     (r"loader\.formats\..*", r"quantcache\.(quant|cache)", "what is in a file does not depend on what becomes of it"),

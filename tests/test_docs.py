@@ -20,7 +20,7 @@ BLOCK = re.compile(
     r"(?P<mark><!--\s*not run:\s*(?P<reason>[^\n]*?)\s*-->\s*\n\s*)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```",
     re.MULTILINE | re.DOTALL,
 )
-EXIT_CODES = {0, 1, 2, 3, 4, 10, 11, 12, 13, 130}
+EXIT_CODES = {0, 1, 2, 3, 4, 10, 11, 12, 13, 14, 15, 130}
 
 
 def text_of(page: Path) -> str:

@@ -197,6 +197,11 @@ class Stored:
         start = self._address + self.entry.header.offsets[key]
         return self._check or not is_cached(start, self.entry.header.slots[key].nbytes)
 
+    def fault_in(self, keys: Iterable[str]) -> bool:
+        """Have the system map tensors that nobody checks, so that touching them cannot fail; return whether it could."""
+        start, header = self._address, self.entry.header
+        return not any(populate(start + header.offsets[key], header.slots[key].nbytes) for key in keys)
+
     def intact(self, keys: Iterable[str]) -> bool:
         """Return whether tensors are what was stored, once they are in memory; True at once if that is not checked."""
         if not self._check:

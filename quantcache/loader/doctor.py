@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantcache.cache.doctor import Check, check_store
-from quantcache.errors import QuantcacheError
+from quantcache.errors import DeviceError, DeviceUnavailable, QuantcacheError
 from quantcache.loader.pipeline import default_threads
 from quantcache.quant import native
 
@@ -34,4 +34,17 @@ def check_machine(root: Path, *, shared: bool = False) -> Iterator[Check]:
     if importlib.util.find_spec("wgpu") is None:
         yield Check("gpu", "ok", "wgpu is not installed: everything runs on the CPU", "pip install 'quantcache[gpu]' for uploads")
     else:
-        yield Check("gpu", "ok", "wgpu is installed; this version does not upload yet")
+        yield _check_gpu()
+
+
+def _check_gpu() -> Check:
+    """Look for a GPU, as `Model.upload` does."""
+    from quantcache.loader.gpu.device import open_device
+
+    try:
+        device = open_device()
+    except DeviceUnavailable as error:
+        return Check("gpu", "ok", f"{error.message}: everything runs on the CPU", error.hint or "")
+    except DeviceError as error:
+        return Check("gpu", "warn", error.message, error.hint or "")
+    return Check("gpu", "ok", f"{device.name}, buffers of up to {device.max_buffer:,} bytes")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -36,8 +36,11 @@ from quantcache.loader.shards import DamagedError, Options, Shard
 from quantcache.loader.source import Source, open_checkpoint
 from quantcache.quant.blocks import dequantize
 from quantcache.quant.codec import codec
-from quantcache.tensor import QuantTensor, TensorInfo
+from quantcache.tensor import PartSize, QuantTensor, TensorInfo
 from quantcache.trace import Profile, span, working_for
+
+if TYPE_CHECKING:
+    from quantcache.loader.gpu.upload import GpuModel
 
 __all__ = ["Model", "TensorReport", "load"]
 
@@ -152,13 +155,94 @@ class Model(Mapping[str, Tensor]):
 
         The first is usable before later ones are ready. While a layer is worked with, the next one is read and checked.
         """
-        grouped: dict[tuple[int, str, int], list[str]] = {}
-        for name in self._names:
-            grouped.setdefault(layer_key(name), []).append(name)
-        layers = list(grouped.values())
+        layers = self.in_layers()
         for names, following in zip(layers, [*layers[1:], []], strict=True):
             self.prefetch(following)
             yield {name: self[name] for name in names}
+
+    def in_layers(self) -> list[list[str]]:
+        """Return the names by layer; touches nothing."""
+        grouped: dict[tuple[int, str, int], list[str]] = {}
+        for name in self._names:
+            grouped.setdefault(layer_key(name), []).append(name)
+        return list(grouped.values())
+
+    def upload(
+        self,
+        device: Any = None,
+        *,
+        lazy: bool = False,
+        budget: int | None = None,
+        order: str = "layers",
+        threads: int = 0,
+    ) -> GpuModel:
+        """Bring the model onto a GPU, streamed from the mapped entry, every digest checked on the way.
+
+        Args:
+            device: a wgpu.GPUDevice, a qc.gpu.Device, or None: the fastest there is.
+            lazy: a layer comes when it is first used, and the next one meanwhile; else all before this returns.
+            budget: with `lazy`, bytes on the device: the least recently used layers leave.
+            order: "layers", or "size": the largest tensors first.
+            threads: 0 chooses.
+
+        Returns:
+            Name -> GpuTensor; this model stays open meanwhile, and may be closed once all layers have come.
+
+        Raises:
+            DeviceUnavailable: there is no GPU.
+            DeviceOutOfMemory: it does not fit; everything is given back.
+            DeviceError: the device failed.
+            SourceError: the checkpoint failed while it was read.
+        """
+        from quantcache.loader.gpu.upload import upload
+
+        return upload(self, device, lazy=lazy, budget=budget, order=order, threads=threads)
+
+    def part_sizes(self, name: str) -> list[PartSize]:
+        """Return the parts of a tensor as they are handed out: known without touching it, once it is quantized."""
+        shard = self._home[name]
+        if name in shard.native:
+            info = shard.native[name]
+            return [PartSize("blocks" if info.is_block else "values", "U8" if info.is_block else info.dtype, info.nbytes)]
+        if shard.stored is not None:
+            record, slots = shard.records[name], shard.stored.entry.header.slots
+        else:
+            assert shard.build is not None and shard.pipeline is not None
+            task = shard.pipeline.wait_for(shard.build, name)
+            record, slots = task.job.record(), {slot.key: slot for slot in task.job.slots}
+        return [PartSize(part, slots[key].dtype, slots[key].nbytes) for part, key in record["parts"].items()]
+
+    def rows(self, name: str) -> int:
+        """Return the length of a tensor's first axis, 1 of a vector; touches nothing."""
+        shard = self._home[name]
+        if name in shard.native:
+            shape = shard.native[name].view_shape
+        elif shard.stored is not None:
+            shape = _view_shape(shard.records[name])
+        else:
+            shape = shard.source.tensors[name].view_shape
+        return shape[0] if len(shape) > 1 else 1
+
+    def in_memory(self, name: str) -> Tensor:
+        """Return a tensor whose bytes are in memory: touching them later does not fail for want of a disk."""
+        shard = self._home[name]
+        if name in shard.native:
+            info = shard.native[name]
+            shard.source.file.populate(info.offset, info.nbytes)
+        with shard.lock:
+            if shard.stored is not None and name in shard.records and not shard.readable(name):
+                self._rebuild(shard, f"tensor {name!r} cannot be read", store=True)
+        return self[name]
+
+    @property
+    def threads(self) -> int:
+        """How many threads read, quantize and check."""
+        return self._options.threads or default_threads()
+
+    @property
+    def profile(self) -> Profile:
+        """What adds up the seconds of `phases`."""
+        return self._options.profile
 
     def prefetch(self, names: Iterable[str] | None = None) -> None:
         """Begin to read tensors, and to check their digests, on all cores; return at once.

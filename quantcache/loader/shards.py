@@ -105,6 +105,11 @@ class Shard:
             raise DamagedError(f"tensor {name!r} is not what was stored")
         return record, {key: _array(stored.entry.header.slots[key], stored.entry) for key in keys}
 
+    def readable(self, name: str) -> bool:
+        """Bring a stored tensor into memory, if nothing else did so; return whether that could be done."""
+        assert self.stored is not None
+        return self.options.verify != "off" or self.stored.fault_in(self.records[name]["parts"].values())
+
     def built(self, name: str) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return the same of the build that is under way, as soon as it is quantized.
 

@@ -18,6 +18,7 @@ from quantcache.errors import CodecError
 from quantcache.quant import native
 from quantcache.quant.codec import Status, import_codecs
 from quantcache.quant.floats import from_f32
+from quantcache.quant.wgsl import WeightShader, read
 from quantcache.tensor import BLOCKS, output_for
 
 __all__ = [
@@ -51,6 +52,7 @@ class BlockType:
         layout: the fields of one block, little-endian, without gaps.
         reference: decodes in plain NumPy.
         tables: what the kernel looks values up in; its comment says how they are laid out.
+        shader: .wgsl files that give a GPU the weights, as quantcache.quant.wgsl.read takes them.
     """
 
     name: str
@@ -59,6 +61,14 @@ class BlockType:
     layout: np.dtype[Any]
     reference: Reference
     tables: Array | None = None
+    shader: tuple[str, ...] = ()
+
+    @property
+    def weight_shader(self) -> WeightShader | None:
+        """How a GPU gets at the weights; None if it does not."""
+        if not self.shader:
+            return None
+        return WeightShader({"blocks": "array<u32>"}, "".join(map(read, ("blocks.wgsl", *self.shader))))
 
     @property
     def weights(self) -> int:
@@ -88,7 +98,10 @@ def register_block(kind: BlockType) -> None:
 
 
 def register_family(
-    kernel: str, types: Sequence[tuple[str, list[Any], Reference]], tables: Callable[[str], Array | None] = lambda _: None
+    kernel: str,
+    types: Sequence[tuple[str, list[Any], Reference]],
+    tables: Callable[[str], Array | None] = lambda _: None,
+    shaders: Mapping[str, tuple[str, ...]] | None = None,
 ) -> None:
     """Enter the types of one folder.
 
@@ -96,12 +109,13 @@ def register_family(
         kernel: the family's decoder.
         types: name, fields of a block as for np.dtype, reference; in the order of the kernel's numbers.
         tables: gives a type's tables.
+        shaders: type -> its .wgsl files, of those that a GPU can decode.
 
     Raises:
         CodecError: as register_block.
     """
     for number, (name, fields, reference) in enumerate(types):
-        register_block(BlockType(name, kernel, number, np.dtype(fields), reference, tables(name)))
+        register_block(BlockType(name, kernel, number, np.dtype(fields), reference, tables(name), (shaders or {}).get(name, ())))
 
 
 def block_types() -> tuple[str, ...]:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import CodecError, UsageError
+from quantcache.quant.wgsl import WeightShader
 from quantcache.tensor import ITEMSIZE, array_dtype, output_for
 
 __all__ = ["Codec", "Encoder", "Part", "Scratch", "Status", "codec", "codec_ids", "import_codecs", "quantize", "register"]
@@ -137,6 +138,14 @@ class Codec(ABC):
     @abstractmethod
     def multiple(self, shape: tuple[int, ...]) -> int:
         """Return the number of weights that tiles are made of."""
+
+    def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
+        """Return how a GPU gets at the weights; None if it does not.
+
+        Args:
+            dtypes: part -> element type, of one tensor.
+        """
+        return None
 
     @abstractmethod
     def encoder(self, name: str, shape: tuple[int, ...], source_dtype: str, variant: str) -> Encoder:

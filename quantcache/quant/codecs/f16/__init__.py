@@ -12,6 +12,7 @@ from quantcache.quant import native
 from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.f16 import reference
 from quantcache.quant.floats import from_f32, to_f32
+from quantcache.quant.wgsl import WeightShader, read
 
 Array = NDArray[Any]
 
@@ -58,6 +59,14 @@ class F16(Codec):
     def encoder(self, name: str, shape: tuple[int, ...], source_dtype: str, variant: str) -> Encoder:
         """Return a new encoder."""
         return F16Encoder(name, shape, source_dtype)
+
+    def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
+        """Return the shader of float16; of bfloat16 and float32 too, for weights that stayed as they were."""
+        file = {"F16": "weights", "BF16": "weights_bf16", "F32": "weights_f32"}.get(dtypes["values"])
+        if file is None:
+            return None
+        kind = "array<f32>" if dtypes["values"] == "F32" else "array<u32>"
+        return WeightShader({"values": kind}, read(f"codecs/f16/{file}.wgsl"), any_width=True)
 
     def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
         """Widen or copy."""

@@ -21,4 +21,9 @@ _TYPES: list[tuple[str, list[Any], Reference]] = [
     ("Q6_K", [("ql", "u1", (128,)), ("qh", "u1", (64,)), ("scales", "i1", (16,)), _D], reference.q6_k),
     ("Q8_K", [("d", "<f4"), ("qs", "i1", (256,)), ("bsums", "<i2", (16,))], reference.q8_k),
 ]
-register_family("ggml_k_decode", _TYPES)
+_SHADERS = {
+    "Q4_K": ("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q4_k.wgsl"),
+    "Q5_K": ("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q5_k.wgsl"),
+    "Q6_K": ("codecs/ggml_k/q6_k.wgsl",),
+}
+register_family("ggml_k_decode", _TYPES, shaders=_SHADERS)

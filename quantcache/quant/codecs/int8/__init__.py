@@ -16,6 +16,7 @@ from quantcache.quant import native
 from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.int8 import reference
 from quantcache.quant.floats import from_f32, to_f32
+from quantcache.quant.wgsl import WeightShader, read
 
 Array = NDArray[Any]
 
@@ -76,6 +77,12 @@ class Int8(Codec):
     def encoder(self, name: str, shape: tuple[int, ...], source_dtype: str, variant: str) -> Encoder:
         """Return a new encoder."""
         return Int8Encoder(name, shape, source_dtype, variant)
+
+    def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
+        """Return weights.wgsl, with the scales as they are stored."""
+        kind, file = ("array<u32>", "scales_f16") if dtypes["scales"] == "F16" else ("array<f32>", "scales_f32")
+        parts = {"codes": "array<vec4<u32>>", "scales": kind, "biases": kind}
+        return WeightShader(parts, read(f"codecs/int8/{file}.wgsl") + read("codecs/int8/weights.wgsl"))
 
     def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
         """Decode a whole tensor."""

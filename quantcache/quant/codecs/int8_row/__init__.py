@@ -16,6 +16,7 @@ from quantcache.quant import native
 from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.int8_row import reference
 from quantcache.quant.floats import from_f32, to_f32
+from quantcache.quant.wgsl import WeightShader, read
 
 Array = NDArray[Any]
 
@@ -78,6 +79,11 @@ class Int8Row(Codec):
     def encoder(self, name: str, shape: tuple[int, ...], source_dtype: str, variant: str) -> Encoder:
         """Return a new encoder."""
         return Int8RowEncoder(name, shape, source_dtype)
+
+    def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
+        """Return weights.wgsl."""
+        parts = {"codes": "array<u32>", "scales": "array<f32>"}
+        return WeightShader(parts, read("codecs/int8_row/weights.wgsl"), any_width=True)
 
     def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
         """Decode a whole tensor."""

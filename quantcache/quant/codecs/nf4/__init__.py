@@ -19,6 +19,7 @@ from quantcache.quant import native
 from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.nf4 import reference
 from quantcache.quant.floats import from_f32, to_f32
+from quantcache.quant.wgsl import WeightShader, read
 
 Array = NDArray[Any]
 
@@ -149,6 +150,12 @@ class Nf4(Codec):
     def encoder(self, name: str, shape: tuple[int, ...], source_dtype: str, variant: str) -> Encoder:
         """Return a new encoder."""
         return Nf4Encoder(name, shape, source_dtype, nested=self.nested)
+
+    def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
+        """Return weights.wgsl; None if absmax is quantized, too."""
+        if self.nested:
+            return None
+        return WeightShader({"codes": "array<vec4<u32>>", "absmax": "array<f32>"}, read("codecs/nf4/weights.wgsl"))
 
     def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
         """Decode a whole tensor."""

@@ -1,0 +1,267 @@
+"""Own what can be computed with tensors on a GPU: their weights, and products with vectors and small batches.
+
+The shaders are put together from a codec's own WGSL and a frame here; a runtime puts the same WGSL into shaders of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from quantcache.errors import UsageError
+from quantcache.loader.gpu.device import Binding, Device
+from quantcache.loader.gpu.tensors import GpuTensor, row_chunks
+from quantcache.quant.wgsl import UNIT, WeightShader
+from quantcache.tensor import float_dtype
+
+__all__ = ["dequantize", "matvec", "record_matvec", "weight_shader"]
+
+Array = NDArray[Any]
+
+#: Rows that a workgroup multiplies, and its threads; vectors that one pass takes.
+_ROWS, _THREADS, _BATCH = 4, 128, 8
+
+
+def weight_shader(tensor: GpuTensor, group: int = 0, first: int = 0) -> str:
+    """Return WGSL that declares a tensor's parts and defines qc_init, qc_unit and perhaps qc_weight.
+
+    For shaders of your own: bind `tensor.parts` in the order of the declarations. See quantcache.quant.wgsl.
+
+    Args:
+        tensor: one with the codec and the element types that the shader is for.
+        group: bind group of the declarations.
+        first: binding of the first part.
+
+    Raises:
+        CodecError: no shader here decodes the codec.
+    """
+    shader = tensor.shader
+    return shader.declarations(group, first) + shader.source
+
+
+def dequantize(tensor: GpuTensor, dtype: DTypeLike = np.float16) -> Array:
+    """Decode a tensor on its GPU, and bring the weights back.
+
+    Args:
+        tensor: any that has a shader.
+        dtype: float16 or float32.
+
+    Returns:
+        An array of the tensor's shape. nf4 and GGUF blocks are equal to the references, bit for bit; int8 may differ by one
+        unit in the last place, where the device fuses its multiplication and addition.
+
+    Raises:
+        CodecError: no shader here decodes it.
+        UsageError: another dtype.
+        DeviceError: the device failed.
+    """
+    kind = float_dtype(dtype)
+    if kind == "BF16":
+        raise UsageError("a GPU decodes to float16 or float32")
+    device, shader = tensor.device, tensor.shader
+    itemsize = 4 if kind == "F32" else 2
+    fast = _by_units(tensor, shader)
+    per_thread = UNIT if fast else 2
+    found = []
+    for rows, bound in row_chunks(tensor, tuple(shader.parts)):
+        room = device.max_binding // itemsize // tensor.width // 2 * 2 or len(rows)
+        for start in range(0, len(rows), room):
+            count = min(room, len(rows) - start) * tensor.width
+            out = device.buffer(-(-count * itemsize // 64) * 64, "decoded weights")
+            size = -(-count * itemsize // 64) * 64
+            pipeline = device.pipeline(_decode_source(shader, kind, fast=fast))
+            encoder = device.encoder()
+            threads = -(-count // per_thread)
+            settings = device.uniform(tensor.width, count, start)
+            with device.compute_pass(encoder) as within:
+                device.dispatch(within, pipeline, [(out, 0, size), settings, *(bound[name] for name in shader.parts)], -(-threads // 256))
+            found.append(device.read((out, 0, count * itemsize), before=encoder))
+    whole = np.concatenate(found) if len(found) != 1 else found[0]
+    return whole.view(np.float32 if kind == "F32" else np.float16).reshape(tensor.shape)
+
+
+def matvec(tensor: GpuTensor, x: Array) -> NDArray[np.float32]:
+    """Multiply a matrix on a GPU with a vector or a small batch: W @ x, or x @ W.T.
+
+    Args:
+        tensor: of shape (out, in).
+        x: [in] or [batch, in]; becomes float32.
+
+    Returns:
+        float32 [out] or [batch, out], summed in float32.
+
+    Raises:
+        CodecError: no shader here decodes it.
+        UsageError: the shapes do not fit.
+        DeviceError: the device failed.
+    """
+    vectors = np.ascontiguousarray(np.atleast_2d(x), np.float32)
+    if len(tensor.shape) != 2 or np.ndim(x) not in (1, 2) or vectors.shape[1] != tensor.shape[1]:
+        raise UsageError(f"a tensor of shape {tensor.shape} and x of shape {np.shape(x)} do not multiply")
+    device = tensor.device
+    batch, rows = len(vectors), tensor.rows
+    if not batch:
+        return np.empty((0, rows), np.float32)
+    inputs = device.buffer(-(-vectors.nbytes // 16) * 16, "vectors")
+    outputs = device.buffer(batch * rows * 4, "products")
+    device.write(inputs, 0, vectors.reshape(-1).view(np.uint8))
+    encoder = device.encoder()
+    with device.compute_pass(encoder) as within:
+        record_matvec(within, tensor, (inputs, 0, inputs.size), (outputs, 0, outputs.size), batch)
+    found: NDArray[np.float32] = device.read((outputs, 0, outputs.size), before=encoder).view(np.float32).reshape(batch, rows)
+    return found[0] if np.ndim(x) == 1 else found
+
+
+def record_matvec(within: Any, tensor: GpuTensor, x: Binding, y: Binding, batch: int = 1) -> None:
+    """Record the same into a compute pass of your own: nothing is waited for, nothing comes back.
+
+    Args:
+        within: a wgpu compute pass encoder of the tensor's device.
+        tensor: of shape (out, in).
+        x: float32 [batch, in], as (buffer, offset, bytes); the offset a multiple of the device's alignment.
+        y: float32 [batch, out], the same; written.
+        batch: number of vectors.
+
+    Raises:
+        CodecError, UsageError, DeviceError: as `matvec`.
+    """
+    device, shader = tensor.device, tensor.shader
+    rows, width = tensor.shape
+    if x[2] < batch * width * 4 or y[2] < batch * rows * 4:
+        raise UsageError(f"x and y have {x[2]} and {y[2]} bytes, {batch} vectors take {batch * width * 4} and {batch * rows * 4}")
+    fast = _by_units(tensor, shader)
+    for part, bound in row_chunks(tensor, tuple(shader.parts)):
+        for first in range(0, batch, _BATCH):
+            few = min(_BATCH, batch - first)
+            pipeline = device.pipeline(_product_source(shader, device, few, fast=fast))
+            settings = device.uniform(width, len(part), part.start, rows)
+            ends = device.uniform(first)
+            bindings = [x, y, settings, ends, *(bound[name] for name in shader.parts)]
+            device.dispatch(within, pipeline, bindings, -(-len(part) // _ROWS))
+
+
+def _by_units(tensor: GpuTensor, shader: WeightShader) -> bool:
+    """Return whether rows are whole units of 32 weights; the others need a qc_weight."""
+    if tensor.width % UNIT == 0:
+        return True
+    if not shader.any_width:
+        raise UsageError(f"{tensor.codec} of width {tensor.width}: a GPU takes multiples of {UNIT}")
+    return False
+
+
+_NUMBER = "let number = wid.y * groups.x + wid.x;"
+_BUILTINS = "@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lane: u32"
+
+
+def _decode_source(shader: WeightShader, kind: str, *, fast: bool) -> str:
+    """Return a shader that writes weights: 32 a thread, or two of any width."""
+    store = (
+        "\n".join(f"    out[{8 if kind == 'F32' else 4}u * unit + {n}u] = {value};" for n, value in enumerate(_stored(kind)))
+        if fast
+        else _stored_pair(kind)
+    )
+    if fast:
+        body = f"""
+  if (unit * {UNIT}u < settings.y) {{
+    let units = settings.x / {UNIT}u;
+    let w = qc_unit(settings.z + unit / units, unit % units, settings.x);
+{store}
+  }}"""
+    else:
+        body = f"""
+  if (unit * 2u < settings.y) {{
+    let at = unit * 2u;
+    let a = qc_weight(settings.z + at / settings.x, at % settings.x, settings.x);
+    var b = 0.0;
+    if (at + 1u < settings.y) {{ b = qc_weight(settings.z + (at + 1u) / settings.x, (at + 1u) % settings.x, settings.x); }}
+{store}
+  }}"""
+    element = {"F32": "vec4<f32>" if fast else "vec2<f32>", "F16": "vec4<u32>" if fast else "u32"}[kind]
+    return f"""{shader.declarations(0, 2)}{shader.source}
+@group(0) @binding(0) var<storage, read_write> out: array<{element}>;
+@group(0) @binding(1) var<uniform> settings: vec4<u32>;
+@compute @workgroup_size(256)
+fn main({_BUILTINS}) {{
+  qc_init(lane);
+  workgroupBarrier();
+  {_NUMBER}
+  let unit = number * 256u + lane;{body}
+}}
+"""
+
+
+def _stored(kind: str) -> Iterator[str]:
+    if kind == "F32":
+        yield from (f"w[{n}]" for n in range(8))
+        return
+    for n in range(0, 8, 2):
+        yield "vec4<u32>(" + ", ".join(f"pack2x16float(w[{m}].{half})" for m in (n, n + 1) for half in ("xy", "zw")) + ")"
+
+
+def _stored_pair(kind: str) -> str:
+    value = "vec2<f32>(a, b)" if kind == "F32" else "pack2x16float(vec2<f32>(a, b))"
+    return f"    out[unit] = {value};"
+
+
+def _product_source(shader: WeightShader, device: Device, batch: int, *, fast: bool) -> str:
+    """Return a shader that multiplies: a workgroup takes a few rows, its threads the columns in turn."""
+    sums = [(r, b) for r in range(_ROWS) for b in range(batch)]
+    subgroups = "subgroup" in device.features
+    zeros = "\n  ".join(f"var s{r}_{b} = 0.0;" for r, b in sums)
+    if fast:
+        places = {(b, k): f"x[((settings2.x + {b}u) * units + unit) * 8u + {k}u]" for b in range(batch) for k in range(8)}
+        kept = batch <= 2  # in registers; of more vectors, the nearest cache has them
+        loads = "\n".join(f"    let x{b}_{k} = {place};" for (b, k), place in places.items() if kept)
+        names = {at: f"x{at[0]}_{at[1]}" if kept else place for at, place in places.items()}
+        rows = "\n".join(
+            f"    {{ let w = qc_unit(min(row + {r}u, last), unit, settings.x);\n"
+            + "\n".join(f"      s{r}_{b} += " + " + ".join(f"dot(w[{k}], {names[b, k]})" for k in range(8)) + ";" for b in range(batch))
+            + "\n    }"
+            for r in range(_ROWS)
+        )
+        loop = f"for (var unit = lane; unit < units; unit += {_THREADS}u) {{\n{loads}\n{rows}\n  }}"
+    else:
+        rows = "\n".join(
+            f"    {{ let w = qc_weight(min(row + {r}u, last), column, settings.x);\n"
+            + "\n".join(f"      s{r}_{b} += w * x[(settings2.x + {b}u) * settings.x + column];" for b in range(batch))
+            + "\n    }"
+            for r in range(_ROWS)
+        )
+        loop = f"for (var column = lane; column < settings.x; column += {_THREADS}u) {{\n{rows}\n  }}"
+    count = len(sums)
+    if subgroups:
+        gather = "\n  ".join(f"let t{r}_{b} = subgroupAdd(s{r}_{b}); if (sid == 0u) {{ sums[{n * _THREADS}u + lane / size] = t{r}_{b}; }}" for n, (r, b) in enumerate(sums))
+        total = f"""for (var k = 0u; k < ({_THREADS}u + size - 1u) / size; k += 1u) {{ total += sums[lane * {_THREADS}u + k]; }}"""
+        builtins = _BUILTINS + ", @builtin(subgroup_invocation_id) sid: u32, @builtin(subgroup_size) size: u32"
+    else:
+        gather = "\n  ".join(f"sums[{n * _THREADS}u + lane] = s{r}_{b};" for n, (r, b) in enumerate(sums))
+        total = f"for (var k = 0u; k < {_THREADS}u; k += 1u) {{ total += sums[lane * {_THREADS}u + k]; }}"
+        builtins = _BUILTINS
+    return f"""{shader.declarations(0, 4)}{shader.source}
+@group(0) @binding(0) var<storage, read> x: array<{"vec4<f32>" if fast else "f32"}>;
+@group(0) @binding(1) var<storage, read_write> y: array<f32>;
+@group(0) @binding(2) var<uniform> settings: vec4<u32>;  // width, rows bound, first of them, rows of the tensor
+@group(0) @binding(3) var<uniform> settings2: vec4<u32>;  // first vector
+var<workgroup> sums: array<f32, {count * _THREADS}>;
+@compute @workgroup_size({_THREADS})
+fn main({builtins}) {{
+  qc_init(lane);
+  workgroupBarrier();
+  {_NUMBER}
+  let row = number * {_ROWS}u;
+  let last = settings.y - 1u;
+  let units = settings.x / {UNIT}u;
+  {zeros}
+  {loop}
+  {gather}
+  workgroupBarrier();
+  if (lane < {count}u && row + lane / {batch}u < settings.y) {{
+    var total = 0.0;
+    {total}
+    y[(settings2.x + lane % {batch}u) * settings.w + settings.z + row + lane / {batch}u] = total;
+  }}
+}}
+"""

@@ -1,0 +1,447 @@
+"""Own a GPU: the only importer of wgpu. Opening, buffers, bounded writes, fences, pipelines, and what can go wrong.
+
+wgpu ends the process where it meets a mistake while work is submitted: a device that is lost, a buffer that is mapped or
+destroyed, a command buffer used twice. So nothing is submitted but from here, each time after a write that raises if the
+device is lost, and no buffer is ever destroyed: dropping it is safe. Facts: docs/decisions/0012-gpu.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from quantcache.errors import DeviceError, DeviceOutOfMemory, DeviceUnavailable, QuantcacheError, UsageError
+from quantcache.trace import span
+
+__all__ = ["ALIGNMENT", "Binding", "Device", "open_device"]
+
+#: Offsets of bindings are multiples of this on every adapter.
+ALIGNMENT = 256
+#: Bytes of one write, and of what a fence covers: a quarter of the staging memory.
+_WRITE = 8 << 20
+_FENCED = 16 << 20
+#: The largest buffer for reading back that is kept for the next time.
+_KEPT = 16 << 20
+#: (buffer, first byte, bytes)
+Binding = tuple[Any, int, int]
+_WANTED = ("subgroup", "timestamp-query", "shader-f16")
+_MAPPABLE = "mappable-primary-buffers"
+
+
+def _wgpu() -> Any:
+    try:
+        import wgpu
+    except ImportError as error:
+        raise DeviceUnavailable(f"wgpu is not installed: {error}", hint="pip install 'quantcache[gpu]'") from error
+    return wgpu
+
+
+def open_device(name: str | None = None) -> Device:
+    """Open the fastest GPU, with its own limits and the features that the shaders can use.
+
+    Args:
+        name: part of the adapter's name, to choose another; the environment's QUANTCACHE_GPU if None.
+
+    Raises:
+        DeviceUnavailable: there is none, or none of that name.
+    """
+    wgpu = _wgpu()
+    name = name if name is not None else os.environ.get("QUANTCACHE_GPU")
+    hint = "install a Vulkan driver (mesa-vulkan-drivers for a software one); quantcache doctor looks for it"
+    try:
+        found = wgpu.gpu.enumerate_adapters_sync()
+        if name:
+            found = [one for one in found if name.lower() in f"{one.info['device']} {one.info['description']}".lower()]
+        if not found:
+            raise DeviceUnavailable(f"no GPU called {name!r}" if name else "no GPU adapter was found", hint=hint)
+        adapter = found[0] if name else wgpu.gpu.request_adapter_sync(power_preference="high-performance")
+        features = [feature for feature in _WANTED if feature in adapter.features]
+        if _MAPPABLE in adapter.features and adapter.info["adapter_type"] in ("IntegratedGPU", "CPU"):
+            features.append(_MAPPABLE)
+        limits = {name: adapter.limits[name] for name in ("max-buffer-size", "max-storage-buffer-binding-size")}
+        return Device(adapter.request_device_sync(required_features=features, required_limits=limits))
+    except QuantcacheError:
+        raise
+    except Exception as error:  # wgpu raises RuntimeError without a driver, and its own classes
+        raise DeviceUnavailable(f"no GPU can be opened: {str(error).splitlines()[0][:200]}", hint=hint) from error
+
+
+class Device:
+    """Hold a wgpu device; all that quantcache does with one goes through here, from any thread.
+
+    Args:
+        device: a wgpu.GPUDevice.
+        staging: bytes that may be on their way at a time.
+        max_buffer, max_binding: less than the device's own limits.
+
+    Attributes:
+        raw: the wgpu.GPUDevice.
+        held: bytes of the buffers that were made here and are still referenced.
+    """
+
+    def __init__(self, device: Any, *, staging: int = 64 << 20, max_buffer: int | None = None, max_binding: int | None = None) -> None:
+        if not hasattr(device, "create_buffer") or not hasattr(device, "queue"):
+            raise UsageError(f"not a wgpu device: {type(device).__name__}")
+        wgpu = _wgpu()
+        self.raw = device
+        limits = device.limits
+        least = min(limits["max-buffer-size"], max_buffer or 1 << 62)
+        self.max_buffer = least // ALIGNMENT * ALIGNMENT
+        self.max_binding = min(self.max_buffer, limits["max-storage-buffer-binding-size"], max_binding or 1 << 62) // ALIGNMENT * ALIGNMENT
+        self.alignment = max(ALIGNMENT, limits["min-storage-buffer-offset-alignment"])
+        info = device.adapter_info if hasattr(device, "adapter_info") else device.adapter.info
+        self.name: str = info["device"] or info["description"] or "GPU"
+        self.features = frozenset(device.features)
+        #: memory is the CPU's own, and buffers can be written where they lie
+        self.unified = info["adapter_type"] in ("IntegratedGPU", "CPU") and _MAPPABLE in self.features
+        usage = wgpu.BufferUsage
+        self._storage = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
+        self._map_write, self._map_read, self._copy_to, self._uniform = usage.MAP_WRITE, usage.MAP_READ, usage.COPY_DST, usage.UNIFORM
+        self._read_mode = wgpu.MapMode.READ
+        self._error: type[Exception] = wgpu.GPUError
+        self.held = 0
+        self._lock = threading.Lock()
+        self._pipelines: dict[Any, Any] = {}
+        self._uniforms: dict[bytes, Any] = {}
+        self._spare: dict[int, list[Any]] = {}
+        with self._guard("opening the device"):
+            self._mark = device.create_buffer(size=8, usage=usage.COPY_SRC | usage.COPY_DST)
+        self._staging = _Staging(self, staging)
+
+    @classmethod
+    def of(cls, device: Any) -> Device:
+        """Return the Device of a wgpu.GPUDevice, of a Device, or of None: the fastest there is.
+
+        Raises:
+            DeviceUnavailable: there is none.
+            UsageError: it is something else.
+        """
+        if isinstance(device, Device):
+            return device
+        if device is None:
+            return _default()
+        with _known_lock:
+            found: Device | None = getattr(device, _OURS, None)
+            if found is None:
+                found = cls(device)
+                setattr(device, _OURS, found)  # which lives as long as the device
+            return found
+
+    @contextlib.contextmanager
+    def _guard(self, what: str, asked: int = 0) -> Iterator[None]:
+        """Turn wgpu's errors into ours."""
+        try:
+            yield
+        except self._error as error:
+            text = str(error)
+            if "memory" in text.lower():
+                raise DeviceOutOfMemory(
+                    f"{self.name} has no memory for {what}: {asked:,} bytes were asked for, {self.held:,} are held by uploads",
+                    asked=asked,
+                    held=self.held,
+                    hint="model.upload(lazy=True, budget=...) keeps only some layers there",
+                ) from error
+            lost = "is lost" in text
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            raise DeviceError(f"{self.name} was lost" if lost else f"{self.name} failed at {what}: {lines[-1][:200]}") from error
+
+    # ---- buffers ----
+
+    def buffer(self, nbytes: int, what: str) -> Any:
+        """Return a new storage buffer that can be copied from and to.
+
+        Args:
+            nbytes: a multiple of 4, at most max_buffer.
+            what: it is for, in messages.
+
+        Raises:
+            DeviceOutOfMemory: there is no room.
+            DeviceError: the device was lost.
+        """
+        with self._guard(what, nbytes):
+            made = self.raw.create_buffer(label=f"quantcache {what}"[:120], size=nbytes, usage=self._storage)
+        self._count(made, nbytes)
+        return made
+
+    def mapped_buffer(self, nbytes: int, what: str) -> Any:
+        """Return the same, mapped: it is written with write_mapped() and usable after unmap(). Only if `unified`."""
+        with self._guard(what, nbytes):
+            made = self.raw.create_buffer(
+                label=f"quantcache {what}"[:120], size=nbytes, usage=self._storage | self._map_write, mapped_at_creation=True
+            )
+        self._count(made, nbytes)
+        return made
+
+    def _count(self, made: Any, nbytes: int) -> None:
+        with self._lock:
+            self.held += nbytes
+        weakref.finalize(made, self._uncount, nbytes)
+
+    def _uncount(self, nbytes: int) -> None:
+        self.held -= nbytes
+
+    def write(self, buffer: Any, offset: int, data: Any) -> None:
+        """Write bytes, by way of a bounded amount of staging memory; return before they are there.
+
+        Args:
+            buffer: of this device, not mapped.
+            offset: first byte, a multiple of 4.
+            data: contiguous uint8 array or buffer; what is left of the last four bytes is zeros.
+
+        Raises:
+            DeviceError: the device was lost, or the buffer is another one's.
+        """
+        view = memoryview(data).cast("B")
+        whole = len(view) // 4 * 4
+        with span("upload", len(view)):
+            for start in range(0, whole, _WRITE):
+                self._write(buffer, offset + start, view, start, min(_WRITE, whole - start))
+            if whole < len(view):
+                rest = bytes(view[whole:]).ljust(4, b"\0")
+                self._write(buffer, offset + whole, rest, 0, 4)
+
+    def _write(self, buffer: Any, offset: int, data: Any, start: int, nbytes: int) -> None:
+        self._staging.reserve(nbytes)
+        try:
+            with self._guard("a write", nbytes):
+                self.raw.queue.write_buffer(buffer, offset, data, start, nbytes)
+                self.raw.queue.submit([])
+        finally:
+            self._staging.written(nbytes)
+
+    def settle(self) -> None:
+        """Wait until everything that was written and submitted is done.
+
+        Raises:
+            DeviceError: the device was lost.
+        """
+        self._staging.settle()
+
+    def read(self, source: Binding, out: Any | None = None, *, before: Any | None = None) -> Any:
+        """Return bytes of a buffer, once all that was submitted before is done.
+
+        Args:
+            source: what.
+            out: contiguous uint8 array to fill; a new one if None.
+            before: a command encoder whose work comes first, in the same submission.
+
+        Returns:
+            uint8[bytes].
+        """
+        buffer, offset, nbytes = source
+        out = np.empty(nbytes, np.uint8) if out is None else out
+        padded = -(-nbytes // 4) * 4
+        encoder = before if before is not None else self.encoder()
+        if not nbytes:
+            if before is not None:
+                self.submit(encoder)
+            return out
+        landing = self._landing(padded)
+        with self._guard("reading back", nbytes):
+            encoder.copy_buffer_to_buffer(buffer, offset, landing, 0, padded)
+        self.submit(encoder)
+        with self._guard("reading back", nbytes):
+            landing.map_async(self._read_mode, 0, padded).sync_wait()
+            try:
+                out[...] = np.frombuffer(landing.read_mapped(0, padded, copy=False), np.uint8)[:nbytes]
+            finally:
+                landing.unmap()
+        self._keep(landing)
+        return out
+
+    def _keep(self, landing: Any) -> None:
+        if landing.size <= _KEPT:
+            with self._lock:
+                self._spare.setdefault(landing.size, []).append(landing)
+
+    def _landing(self, nbytes: int) -> Any:
+        """Return a buffer to read back through; they are kept, since new ones are slow to map."""
+        size = 1 << max(12, (nbytes - 1).bit_length())
+        with self._lock:
+            kept = self._spare.get(size)
+            if kept:
+                return kept.pop()
+        with self._guard("reading back", size):
+            return self.raw.create_buffer(size=size, usage=self._copy_to | self._map_read)
+
+    # ---- work ----
+
+    def encoder(self) -> Any:
+        """Return a new command encoder; it is for `submit`, once."""
+        with self._guard("recording"):
+            return self.raw.create_command_encoder()
+
+    def submit(self, encoder: Any) -> None:
+        """Submit what an encoder recorded.
+
+        Raises:
+            DeviceError: the device was lost.
+        """
+        with self._guard("a submission"):
+            commands = encoder.finish()
+            self.raw.queue.write_buffer(self._mark, 0, b"mark")  # raises if the device is lost, where submit() would abort
+            self.raw.queue.submit([commands])
+
+    def fence(self) -> Callable[[], None]:
+        """Return a function that waits until all that was submitted so far is done."""
+        landing = self._landing(8)
+        encoder = self.encoder()
+        with self._guard("a fence"):
+            encoder.copy_buffer_to_buffer(self._mark, 0, landing, 0, 8)
+        self.submit(encoder)
+        with self._guard("a fence"):
+            promise = landing.map_async(self._read_mode, 0, 8)
+
+        def wait() -> None:
+            with self._guard("a fence"):
+                promise.sync_wait()
+                landing.unmap()
+            self._keep(landing)
+
+        return wait
+
+    def pipeline(self, source: str, entry: str = "main", constants: Mapping[str, float] | None = None) -> Any:
+        """Return a compute pipeline, made once.
+
+        Raises:
+            DeviceError: the shader does not compile.
+        """
+        key = source, entry, tuple(sorted((constants or {}).items()))
+        with self._lock:
+            if key in self._pipelines:
+                return self._pipelines[key]
+        with self._guard("a shader"):
+            module = self.raw.create_shader_module(code=source)
+            stage = {"module": module, "entry_point": entry, "constants": dict(constants or {})}
+            made = self.raw.create_compute_pipeline(layout="auto", compute=stage)
+        with self._lock:
+            return self._pipelines.setdefault(key, made)
+
+    def uniform(self, *values: int) -> Binding:
+        """Return a uniform buffer of up to four u32, made once for the same values."""
+        data = np.array([*values, 0, 0, 0, 0][:4], np.uint32).tobytes()
+        with self._lock:
+            found = self._uniforms.get(data)
+        if found is None:
+            with self._guard("a uniform", 16):
+                found = self.raw.create_buffer(size=16, usage=self._uniform | self._copy_to)
+                self.raw.queue.write_buffer(found, 0, data)
+            with self._lock:
+                if len(self._uniforms) > 4096:
+                    self._uniforms.clear()
+                found = self._uniforms.setdefault(data, found)
+        return found, 0, 16
+
+    def dispatch(self, within: Any, pipeline: Any, bindings: Sequence[Binding], groups: int) -> None:
+        """Record one dispatch.
+
+        Args:
+            within: a compute pass.
+            pipeline: of this device.
+            bindings: of group 0, from 0 on.
+            groups: workgroups in all; spread over two dimensions where one does not take them. The shader numbers them
+                wid.y * num_workgroups.x + wid.x, and has to leave out those beyond the last.
+        """
+        most = self.raw.limits["max-compute-workgroups-per-dimension"]
+        rows = -(-groups // most)
+        entries = [{"binding": n, "resource": {"buffer": b, "offset": o, "size": -(-s // 4) * 4}} for n, (b, o, s) in enumerate(bindings)]
+        with self._guard("binding"):
+            group = self.raw.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=entries)
+            within.set_pipeline(pipeline)
+            within.set_bind_group(0, group)
+            within.dispatch_workgroups(-(-groups // rows), rows)
+
+    @contextlib.contextmanager
+    def compute_pass(self, encoder: Any) -> Iterator[Any]:
+        """Open a compute pass in an encoder; it ends with the block."""
+        with self._guard("recording"):
+            made = encoder.begin_compute_pass()
+        try:
+            yield made
+        finally:
+            with self._guard("recording"):
+                made.end()
+
+
+class _Staging:
+    """Bound the bytes that wgpu stages: what is written counts until a fence behind it has passed."""
+
+    def __init__(self, device: Device, limit: int) -> None:
+        self._device = weakref.ref(device)
+        self._limit = max(limit, _WRITE)
+        self._fenced = min(_FENCED, max(_WRITE, self._limit // 4))
+        self._changed = threading.Condition()
+        self._flying = 0  # reserved, written or not
+        self._loose = 0  # written, and behind no fence
+        self._fences: deque[tuple[int, Callable[[], None]]] = deque()
+
+    def reserve(self, nbytes: int) -> None:
+        """Wait until so many bytes fit."""
+        while True:
+            with self._changed:
+                if self._flying + nbytes <= self._limit or self._flying == 0:
+                    self._flying += nbytes
+                    return
+                if not self._fences and self._loose:
+                    self._place()
+                if not self._fences:  # others are writing, or waiting for a fence
+                    self._changed.wait(0.1)
+                    continue
+                fence = self._fences.popleft()
+            self._pass(fence)
+
+    def written(self, nbytes: int) -> None:
+        """Count bytes as written and submitted."""
+        with self._changed:
+            self._loose += nbytes
+            if self._loose >= self._fenced:
+                self._place()
+
+    def settle(self) -> None:
+        """Wait for everything."""
+        while True:
+            with self._changed:
+                if self._loose:
+                    self._place()
+                if not self._fences:
+                    return
+                fence = self._fences.popleft()
+            self._pass(fence)
+
+    def _place(self) -> None:
+        device, loose = self._device(), self._loose
+        assert device is not None
+        self._loose = 0
+        try:
+            self._fences.append((loose, device.fence()))
+        except BaseException:
+            self._flying -= loose
+            raise
+
+    def _pass(self, fence: tuple[int, Callable[[], None]]) -> None:
+        try:
+            fence[1]()
+        finally:
+            with self._changed:
+                self._flying -= fence[0]
+                self._changed.notify_all()
+
+
+_OURS = "_quantcache_device"
+_known_lock = threading.Lock()
+_opened: list[Device] = []
+
+
+def _default() -> Device:
+    """Return the fastest GPU, opened once: that takes a second."""
+    with _known_lock:
+        if not _opened:
+            _opened.append(open_device())
+        return _opened[0]

@@ -1,0 +1,218 @@
+"""Own tensors on a GPU: which parts a tensor has there, and where they stand in buffers that many tensors share. Moves no bytes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantcache.errors import CodecError, DeviceError
+from quantcache.loader.gpu.device import Binding, Device
+from quantcache.quant.blocks import block_type, block_types
+from quantcache.quant.codec import codec, codec_ids
+from quantcache.quant.wgsl import WeightShader
+from quantcache.tensor import PartSize
+
+__all__ = ["GpuTensor", "Home", "place", "row_chunks"]
+
+#: Bytes of a buffer that several tensors share, where a layer is larger: each can be freed by itself.
+_SHARED = 256 << 20
+
+
+class Home:
+    """Hold the buffers of a group of tensors, and whether they may still be used."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Any] = []
+        self.nbytes = 0
+        self.closed = False
+
+    def close(self) -> None:
+        """Let go of the buffers: whoever has one still has it, and the tensors say that they are closed."""
+        self.closed = True
+        self.buffers = []
+
+
+@dataclass(frozen=True)
+class GpuTensor:
+    """Hold one tensor on a GPU.
+
+    Args:
+        codec: the codec's id; of plain weights "f16"; of GGUF blocks their type, "Q4_K".
+        shape: of the weights, rows first.
+        dtypes: part -> element type of what is stored.
+        device: where it is.
+        home: its buffers.
+        transposed: the weights stand in the buffer with the last two axes the other way round than `shape`.
+    """
+
+    codec: str
+    shape: tuple[int, ...]
+    dtypes: Mapping[str, str]
+    device: Device = field(repr=False)
+    home: Home = field(repr=False)
+    _pieces: Mapping[str, tuple[Binding, ...]] = field(repr=False)
+
+    @property
+    def pieces(self) -> Mapping[str, tuple[Binding, ...]]:
+        """Part -> (buffer, first byte, bytes), one after the other: several where one buffer does not take the part.
+
+        Raises:
+            DeviceError: the model was closed.
+        """
+        if self.home.closed:
+            raise DeviceError("this tensor's model was closed")
+        return self._pieces
+
+    @property
+    def parts(self) -> dict[str, Binding]:
+        """Part -> (buffer, first byte, bytes).
+
+        Raises:
+            DeviceError: the model was closed, or a part is split over several buffers.
+        """
+        for name, found in self.pieces.items():
+            if len(found) > 1:
+                raise DeviceError(
+                    f"{name} is split over {len(found)} buffers: this device takes {self.device.max_buffer:,} bytes in one",
+                    hint="use .pieces, or qc.gpu.matvec, which does",
+                )
+        return {name: found[0] for name, found in self.pieces.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return sum(size for found in self._pieces.values() for _, _, size in found)
+
+    @property
+    def rows(self) -> int:
+        """Length of the first axis; 1 of a vector or a scalar."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def width(self) -> int:
+        """Weights in a row."""
+        return math.prod(self.shape) // max(1, self.rows)
+
+    @property
+    def shader(self) -> WeightShader:
+        """How a shader gets at the weights.
+
+        Raises:
+            CodecError: no shader here does.
+        """
+        found = None
+        if self.codec in codec_ids():
+            found = codec(self.codec).weight_shader(self.dtypes)
+        elif self.codec in block_types():
+            found = block_type(self.codec).weight_shader
+        if found is None:
+            raise CodecError(f"no shader here decodes {self.codec}", hint="nf4, int8, int8-row, f16, Q8_0, Q4_0, Q4_K, Q5_K and Q6_K have one")
+        return found
+
+
+def row_chunks(tensor: GpuTensor, names: Sequence[str]) -> list[tuple[range, dict[str, Binding]]]:
+    """Cut a tensor into runs of rows whose parts can each be bound as one.
+
+    Args:
+        tensor: any.
+        names: the parts that are to be bound.
+
+    Returns:
+        (rows, part -> binding), in order.
+
+    Raises:
+        DeviceError: a row is larger than the device binds.
+    """
+    device, rows = tensor.device, max(1, tensor.rows)
+    sizes = {name: sum(size for _, _, size in tensor.pieces[name]) for name in names}
+    edges = {0, rows}
+    step = 1
+    for name in names:
+        if sizes[name] % rows:  # no whole bytes a row: bound whole or not at all
+            step = rows
+            continue
+        row = sizes[name] // rows
+        step = max(step, 1)
+        step = math.lcm(step, device.alignment // math.gcd(row, device.alignment)) if row else step
+        position = 0
+        for _, _, size in tensor.pieces[name]:
+            position += size
+            edges.add(position // row if row else rows)
+    step = min(step, rows)
+    largest = max(sizes.values(), default=0)
+    most = rows if largest <= device.max_binding else device.max_binding * rows // largest // step * step
+    found = []
+    ordered = sorted(edges)
+    for begin, end in itertools.pairwise(ordered):
+        for start in range(begin, end, max(1, most)):
+            part = range(start, min(start + max(1, most), end))
+            bound = {name: _binding(tensor.pieces[name], sizes[name] * part.start // rows, sizes[name] * part.stop // rows) for name in names}
+            if most < 1 or any(size > device.max_binding or offset % device.alignment for _, offset, size in bound.values()):
+                raise DeviceError(f"{device.name} binds at most {device.max_binding:,} bytes at a time, and rows of this tensor do not fit that")
+            found.append((part, bound))
+    return found
+
+
+def _binding(pieces: Sequence[Binding], first: int, last: int) -> Binding:
+    """Return where bytes of a part stand; they lie in one piece."""
+    position = 0
+    for buffer, offset, size in pieces:
+        if position <= first and last <= position + size:
+            return buffer, offset + first - position, last - first
+        position += size
+    raise DeviceError("rows of a tensor are split over two buffers")
+
+
+def place(
+    tensors: Mapping[str, tuple[int, Sequence[PartSize]]], device: Device, new: Callable[[int], Any]
+) -> tuple[Home, dict[str, dict[str, tuple[Binding, ...]]]]:
+    """Give the parts of a group of tensors their places, each at a multiple of the device's alignment.
+
+    Args:
+        tensors: name -> rows and parts.
+        device: says how large a buffer may be.
+        new: makes a buffer of so many bytes.
+
+    Returns:
+        The buffers, and name -> part -> bindings.
+    """
+    home, align = Home(), device.alignment
+    limit = min(device.max_buffer, _SHARED)
+    found: dict[str, dict[str, list[tuple[int, int, int]]]] = {}
+    sizes: list[int] = []
+
+    def room(nbytes: int) -> tuple[int, int]:
+        padded = -(-max(nbytes, 4) // align) * align
+        if not sizes or sizes[-1] + padded > limit:
+            sizes.append(0)
+        start = sizes[-1]
+        sizes[-1] += padded
+        return len(sizes) - 1, start
+
+    for name, (rows, parts) in tensors.items():
+        found[name] = {}
+        for part in parts:
+            found[name][part.name] = [
+                (*room(size), size) for size in _split(part.nbytes, rows, device.max_buffer, align)
+            ]
+    home.buffers = [new(size) for size in sizes]
+    home.nbytes = sum(sizes)
+    return home, {
+        name: {part: tuple((home.buffers[buffer], start, size) for buffer, start, size in pieces) for part, pieces in parts.items()}
+        for name, parts in found.items()
+    }
+
+
+def _split(nbytes: int, rows: int, most: int, align: int) -> list[int]:
+    """Return the sizes of the pieces of a part: one, or as few as buffers demand, of whole rows."""
+    if nbytes <= most:
+        return [nbytes]
+    row = nbytes // rows if nbytes % rows == 0 else align
+    unit = math.lcm(row, align)
+    if unit > most:
+        unit = align
+    each = most // unit * unit
+    return [min(each, nbytes - start) for start in range(0, nbytes, each)]

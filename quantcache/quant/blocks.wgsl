@@ -1,0 +1,28 @@
+// What the shaders of GGML's blocks share. qc_blocks: array<u32>; a block starts at any even byte.
+
+fn qc_init(local_index: u32) {}
+
+// four bytes from an even byte on
+fn qc_word(byte: u32) -> u32 {
+  let at = byte >> 2u;
+  let low = qc_blocks[at];
+  if ((byte & 2u) == 0u) { return low; }
+  return (low >> 16u) | (qc_blocks[at + 1u] << 16u);
+}
+
+// a float16 at an even byte; subnormal ones, too, whatever the device does to them
+fn qc_half_at(byte: u32) -> f32 {
+  let bits = (qc_blocks[byte >> 2u] >> (8u * (byte & 2u))) & 0xffffu;
+  let magnitude = bits & 0x7fffu;
+  var value = bitcast<f32>((magnitude << 13u) + 0x38000000u);
+  if (magnitude >= 0x7c00u) { value = bitcast<f32>(0x7f800000u | ((magnitude & 0x3ffu) << 13u)); }
+  if (magnitude < 0x400u) { value = f32(magnitude) * 5.9604644775390625e-8; }
+  return select(value, -value, (bits & 0x8000u) != 0u);
+}
+
+fn qc_bytes(word: u32) -> vec4<u32> {
+  return vec4<u32>(word & 255u, (word >> 8u) & 255u, (word >> 16u) & 255u, word >> 24u);
+}
+
+fn qc_low_nibbles(word: u32) -> vec4<u32> { return qc_bytes(word & 0x0f0f0f0fu); }
+fn qc_high_nibbles(word: u32) -> vec4<u32> { return qc_bytes((word >> 4u) & 0x0f0f0f0fu); }

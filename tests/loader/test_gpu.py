@@ -1,0 +1,308 @@
+"""A model on a GPU: the stored bytes, bounded, checked; what cannot be done is an exception, and gives everything back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import quantcache as qc
+from quantcache.quant.blocks import block_type
+from quantcache.tensor import BLOCKS
+
+gpu = pytest.importorskip("quantcache.loader.gpu")
+
+
+@pytest.fixture(scope="session")
+def device() -> Any:
+    """Return a GPU; a software one will do."""
+    try:
+        return gpu.open_device()
+    except qc.DeviceUnavailable as error:
+        pytest.skip(f"no GPU here: {error}")
+
+
+@pytest.fixture
+def small(device: Any) -> Callable[..., Any]:
+    """Return a function that gives the same GPU smaller limits."""
+    return lambda **limits: gpu.Device(device.raw, **limits)
+
+
+LAYERS = 3
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Write a model of odd shapes: three layers, scalars, single bytes, a width that no vector divides."""
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    tensors: dict[str, Any] = {"emb.weight": rng.standard_normal((67, 128)).astype(np.float16)}
+    for layer in range(LAYERS):
+        tensors[f"blocks.{layer}.a.weight"] = rng.standard_normal((96, 128)).astype(np.float32)
+        tensors[f"blocks.{layer}.b.weight"] = (rng.standard_normal((384, 256)) * 1e-3).astype(np.float16)
+        tensors[f"blocks.{layer}.odd.weight"] = rng.standard_normal((33, 131)).astype(np.float16)
+        tensors[f"blocks.{layer}.byte"] = rng.integers(0, 255, 3, np.uint8)
+        tensors[f"blocks.{layer}.scalar"] = np.array(rng.standard_normal(), np.float32)
+        tensors[f"blocks.{layer}.empty"] = np.empty((0, 7), np.float32)
+    save_file(tensors, tmp_path / "m.safetensors")
+    return tmp_path / "m.safetensors"
+
+
+def stored(tensor: Any) -> dict[str, bytes]:
+    """Return the bytes of a tensor's parts."""
+    parts = tensor.parts if isinstance(tensor, qc.QuantTensor) else {"values": tensor}
+    return {name: np.ascontiguousarray(part).tobytes() for name, part in parts.items()}
+
+
+def there(tensor: Any) -> dict[str, bytes]:
+    """Return the same of a tensor on the device."""
+    return {name: b"".join(tensor.device.read(piece).tobytes() for piece in pieces) for name, pieces in tensor.pieces.items()}
+
+
+@pytest.mark.parametrize("quant", ["nf4", "nf4-dq", "int8", "int8-row", "f16"])
+@pytest.mark.parametrize("how", [{}, {"order": "size"}, {"lazy": True}])
+def test_the_bytes_arrive(device: Any, path: Path, tmp_path: Path, quant: str, how: dict[str, Any]) -> None:
+    """Every part is on the device as it is stored, on a miss and on a hit, whichever way it came."""
+    for hit in (False, True):
+        with qc.load(path, quant, cache=tmp_path / "c") as model, model.upload(device, **how) as found:
+            assert list(found) == list(model)
+            assert found.hit == hit
+            for name, tensor in found.items():
+                assert there(tensor) == stored(model[name])
+                assert tensor.shape == model[name].shape
+
+
+def test_small_limits(small: Callable[..., Any], path: Path, tmp_path: Path) -> None:
+    """Tensors that no buffer takes are split, those that no binding takes are used by rows; weights and products are the same."""
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model:
+        device = small(max_buffer=8192, max_binding=4096, staging=1)
+        with model.upload(device) as found:
+            tensor = found["blocks.1.b.weight"]
+            assert len(tensor.pieces["codes"]) > 1
+            with pytest.raises(qc.DeviceError, match="split over"):
+                _ = tensor.parts
+            assert all(there(found[name]) == stored(model[name]) for name in found)
+            want = model["blocks.1.b.weight"].dequantize(np.float32)
+            assert np.array_equal(gpu.dequantize(tensor, np.float32), want)
+            x = np.random.default_rng(1).standard_normal((2, 256)).astype(np.float32)
+            exact = x.astype(np.float64) @ want.astype(np.float64).T
+            assert np.abs(gpu.matvec(tensor, x) - exact).max() <= 1e-5 * np.abs(exact).max()
+        with model.upload(small(max_buffer=1024, max_binding=256)) as found, pytest.raises(qc.DeviceError, match="binds at most"):
+            gpu.matvec(found["blocks.1.odd.weight"], np.zeros(131, np.float32))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8", "int8-row", "f16"])
+def test_weights_and_products(device: Any, path: Path, tmp_path: Path, quant: str) -> None:
+    """Decoded weights equal the references, int8's within one unit of float16; products are within float32's rounding."""
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    with qc.load(path, quant, cache=tmp_path / "c") as model, model.upload(device) as found:
+        for name, tensor in found.items():
+            mine = model[name]
+            if tensor.dtypes.get("values") not in (None, "F16", "F32") or not tensor.nbytes:
+                continue
+            half = mine.dequantize(np.float16) if isinstance(mine, qc.QuantTensor) else mine.astype(np.float16)
+            got = gpu.dequantize(tensor, np.float16)
+            off = np.abs(got.view(np.int16).astype(np.int32) - half.view(np.int16).astype(np.int32)).max()
+            assert off <= (1 if quant.startswith("int8") else 0)
+            if len(tensor.shape) != 2:
+                continue
+            wide = np.asarray(mine.dequantize(np.float32) if isinstance(mine, qc.QuantTensor) else mine, np.float64)
+            for batch in (0, 1, 2, 3, 8, 11):
+                x = rng.standard_normal((batch, tensor.shape[1])).astype(np.float32)
+                bound = np.abs(x).astype(np.float64) @ np.abs(wide).T * 2e-6 + 1e-30
+                assert (np.abs(gpu.matvec(tensor, x) - x.astype(np.float64) @ wide.T) <= bound).all()
+            assert gpu.matvec(tensor, x[0]).shape == tensor.shape[:1]
+            with pytest.raises(qc.UsageError):
+                gpu.matvec(tensor, np.zeros(tensor.shape[1] + 1, np.float32))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_blocks_as_they_are(device: Any, tmp_path: Path, kind: str) -> None:
+    """GGUF blocks of random bits are decoded on the device as the reference does, and multiplied where they are."""
+    import gguf
+
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    rows, width = 37, 768
+    count = rows * width // BLOCKS[kind][0]
+    raw = rng.integers(0, 256, (count, BLOCKS[kind][1]), np.uint8)
+    layout = block_type(kind).layout
+    fields = raw.reshape(-1).view(layout)
+    for name in ("d", "dmin"):
+        if name in (layout.names or ()):
+            fields[name] = (rng.standard_normal(count) * 10.0 ** rng.uniform(-7, 1, count)).astype(np.float16)  # subnormal ones, too
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", raw.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with qc.load(tmp_path / "m.gguf", "native", mode="off") as model, model.upload(device) as found:
+        tensor, mine = found["blk.0.ffn_up.weight"], model["blk.0.ffn_up.weight"]
+        assert tensor.codec == kind
+        assert there(tensor) == stored(mine)
+        want = mine.dequantize(np.float32)
+        assert np.array_equal(gpu.dequantize(tensor, np.float32), want)
+        x = rng.standard_normal(width).astype(np.float32)
+        bound = np.abs(want).astype(np.float64) @ np.abs(x) * 2e-6
+        assert (np.abs(gpu.matvec(tensor, x) - want.astype(np.float64) @ x) <= bound).all()
+
+
+def test_a_damaged_tensor_never_gets_there(device: Any, path: Path, tmp_path: Path) -> None:
+    """What is not what was stored is built again, and that is what arrives."""
+    with qc.load(path, "int8", cache=tmp_path / "c") as model:
+        right = {name: stored(model[name]) for name in model}
+    (entry,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
+    raw = bytearray(entry.read_bytes())
+    raw[-5000] ^= 1
+    entry.write_bytes(raw)
+    with pytest.warns(qc.QuantcacheWarning, match="damaged"), qc.load(path, "int8", cache=tmp_path / "c") as model, model.upload(device) as found:
+        assert {name: there(found[name]) for name in found} == right
+
+
+def test_budget(device: Any, path: Path, tmp_path: Path) -> None:
+    """The least recently used layers leave; what somebody holds stays valid; a budget that takes no layer is refused."""
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model:
+        with model.upload(device) as whole:
+            sizes = [sum(tensor.home.nbytes for tensor in list(layer.values())[:1]) for layer in whole.layers()]
+        budget = max(sizes) * 2
+        with model.upload(device, lazy=True, budget=budget) as found:
+            held = found["emb.weight"]
+            for _ in range(2):
+                for layer in found.layers():
+                    assert found.nbytes <= budget
+                    assert all(there(tensor) == stored(model[name]) for name, tensor in layer.items())
+            assert there(held) == stored(model["emb.weight"])
+        with model.upload(device, lazy=True, budget=1000) as found, pytest.raises(qc.UsageError, match="does not take layer"):
+            found["blocks.0.a.weight"]
+
+
+def test_after_closing(device: Any, path: Path, tmp_path: Path) -> None:
+    """What was closed says so, and gives its memory back."""
+    gc.collect()
+    before = device.held
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model:
+        with model.upload(device) as found:
+            tensor = found["blocks.0.a.weight"]
+            assert device.held > before
+        for use in (found.__getitem__, lambda _: tensor.parts, lambda _: gpu.matvec(tensor, np.zeros(128, np.float32))):
+            with pytest.raises(qc.DeviceError, match="closed"):
+                use("blocks.0.a.weight")
+    tensor = use = None
+    gc.collect()
+    assert device.held == before
+
+
+def test_no_memory(small: Callable[..., Any], path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit says what was asked for and what is held, and gives back what it had."""
+    import wgpu
+
+    device = small()
+    made: list[int] = []
+    real = device.raw.create_buffer
+
+    def refuse(**arguments: Any) -> Any:
+        made.append(arguments["size"])
+        if len(made) > 2:
+            raise wgpu.GPUValidationError("Validation Error\n\nCaused by:\n  Not enough memory left.")
+        return real(**arguments)
+
+    monkeypatch.setattr(device.raw, "create_buffer", refuse)
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model:
+        with pytest.raises(qc.DeviceOutOfMemory, match="no memory for layer") as error:
+            model.upload(device)
+        assert error.value.asked == made[2]
+        assert error.value.held > 0
+        del error
+        gc.collect()
+        assert device.held == 0
+        monkeypatch.undo()
+        with model.upload(device) as found:
+            assert len(found) == len(model)
+
+
+def test_many_threads(device: Any, path: Path, tmp_path: Path) -> None:
+    """Threads that ask for the layers of a lazy model in any order all get the right ones."""
+    qc.load(path, "int8", cache=tmp_path / "c").close()
+    with qc.load(path, "int8", cache=tmp_path / "c") as model, model.upload(device, lazy=True) as found:
+        wrong: list[str] = []
+
+        def ask(seed: int) -> None:
+            for name in np.random.default_rng(seed).permutation(list(found)):
+                if there(found[name]) != stored(model[name]):
+                    wrong.append(name)
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert not wrong
+
+
+def test_arguments(device: Any, path: Path, tmp_path: Path) -> None:
+    """What cannot be meant is refused before anything moves."""
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model:
+        for wrong in ({"order": "name"}, {"budget": 5}, {"lazy": True, "order": "size"}, {"device": "gpu"}):
+            with pytest.raises(qc.UsageError):
+                model.upload(**{"device": device, **wrong})
+        with model.upload(device) as found:
+            with pytest.raises(KeyError):
+                found["nothing"]
+            assert gpu.Device.of(device.raw) is gpu.Device.of(device.raw)
+            with pytest.raises(qc.UsageError, match="float16 or float32"):
+                gpu.dequantize(found["emb.weight"], "bfloat16")
+            text = gpu.weight_shader(found["blocks.0.a.weight"], group=1, first=3)
+            assert "@group(1) @binding(3) var<storage, read> qc_codes" in text
+
+
+def test_a_lost_device(device: Any, path: Path, tmp_path: Path) -> None:
+    """A device that is lost is an exception in every call, where wgpu itself ends the process."""
+    code = """
+import sys, quantcache as qc, numpy as np
+from quantcache.loader import gpu
+device = gpu.open_device()
+with qc.load(sys.argv[1], "nf4", mode="off") as model:
+    found = model.upload(device)
+    tensor = found["blocks.0.a.weight"]
+    device.raw.destroy()
+    uses = (lambda: model.upload(device), lambda: gpu.matvec(tensor, np.zeros(128, np.float32)), lambda: gpu.dequantize(tensor),
+            lambda: device.fence(), lambda: model.upload(device, lazy=True)["emb.weight"])
+    for use in uses:
+        try:
+            use()
+        except qc.DeviceError as error:
+            print(error)
+        else:
+            print("nothing was said")
+print("alive")
+"""
+    said = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    assert said.stdout.splitlines()[-1:] == ["alive"], said.stderr[-2000:]
+    assert "nothing was said" not in said.stdout
+    assert "was lost" in said.stdout
+
+
+def test_no_adapter(path: Path, tmp_path: Path) -> None:
+    """Without a driver there is a hint, and everything else works."""
+    code = """
+import sys, quantcache as qc
+with qc.load(sys.argv[1], "nf4", mode="off") as model:
+    try:
+        model.upload()
+    except qc.DeviceUnavailable as error:
+        print("unavailable:", error.hint)
+    print(len(model["blocks.0.a.weight"].parts))
+"""
+    nowhere = {"VK_DRIVER_FILES": "/nowhere", "VK_ICD_FILENAMES": "/nowhere", "QUANTCACHE_GPU": "no such GPU"}
+    said = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120, env={**os.environ, **nowhere})
+    assert said.returncode == 0, said.stderr[-2000:]
+    assert said.stdout.startswith("unavailable: install a Vulkan driver")
+    assert said.stdout.splitlines()[-1] == "4"
