@@ -1,4 +1,4 @@
-"""Own what a codec says to a GPU: WGSL that turns stored parts into weights, and WGSL that quantizes. Runs nothing.
+"""Own what a codec says to a GPU: WGSL that turns stored parts into weights. Runs nothing, and knows no device.
 
 A weights file defines, on module-scope variables called `qc_<part>`:
 
@@ -6,18 +6,16 @@ A weights file defines, on module-scope variables called `qc_<part>`:
     qc_unit(row, unit, width: u32)     the 32 weights from column 32 * unit of a row on, as array<vec4<f32>, 8>; the tensor
                                        has `width` columns, a multiple of 32
     qc_weight(row, column, width)      one weight, of any width; only where the codec takes widths that are no multiple of 32
-
-A quantize file defines the compute entry point `quantize`; see QuantizeShader. Neither knows a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["UNIT", "QuantizeShader", "WeightShader", "read", "with_floats"]
+__all__ = ["UNIT", "WeightShader", "read"]
 
 #: Weights that qc_unit() returns.
 UNIT = 32
@@ -51,30 +49,6 @@ class WeightShader:
         )
 
 
-@dataclass(frozen=True)
-class QuantizeShader:
-    """Describe how a shader quantizes tiles.
-
-    Bound in group 0: 0 the weights as array<vec4<u32>>, 1 the parts' outputs in order (one binding each), then the status
-    (atomic u32), then a uniform vec4<u32>: weights / 8, width, 0, 0. Each workgroup of 256 takes `weights` weights, or a row.
-
-    The status takes the numbers of Status, and HARD: a value is so large or small that a GPU may round or flush it
-    otherwise than the norm; the tile is the CPU's then.
-
-    Args:
-        outputs: part name -> bits a weight, as the shader writes them; 0: one 32-bit word a row.
-        source: the shader.
-        by_row: a workgroup takes a whole row.
-    """
-
-    outputs: Mapping[str, float] = field(default_factory=dict)
-    source: str = ""
-    by_row: bool = False
-
-
-HARD = 16
-
-
 @cache
 def read(path: str) -> str:
     """Return the text of a .wgsl file.
@@ -84,7 +58,3 @@ def read(path: str) -> str:
     """
     return (_FOLDER / path).read_text()
 
-
-def with_floats(path: str) -> str:
-    """Return a quantizing shader's text with what all of them share: loading, rounding, exact reciprocals."""
-    return read("floats.wgsl") + read(path)
