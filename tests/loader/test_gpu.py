@@ -23,7 +23,7 @@ gpu = pytest.importorskip("quantcache.loader.gpu")
 
 
 @pytest.fixture(scope="session")
-def device() -> Any:
+def opened() -> Any:
     """Return a GPU; a software one will do."""
     try:
         return gpu.open_device()
@@ -31,10 +31,26 @@ def device() -> Any:
         pytest.skip(f"no GPU here: {error}")
 
 
+@pytest.fixture(params=["staged", "as it is"])
+def device(opened: Any, request: pytest.FixtureRequest) -> Any:
+    """Return it, once as a card of its own, which is written by way of staging, once as it is: a software one is mapped."""
+    if request.param == "staged":
+        staged = gpu.Device(opened.raw)
+        staged.unified = False
+        return staged
+    return opened
+
+
 @pytest.fixture
 def small(device: Any) -> Callable[..., Any]:
     """Return a function that gives the same GPU smaller limits."""
-    return lambda **limits: gpu.Device(device.raw, **limits)
+
+    def with_limits(**limits: Any) -> Any:
+        found = gpu.Device(device.raw, **limits)
+        found.unified = device.unified
+        return found
+
+    return with_limits
 
 
 LAYERS = 3
