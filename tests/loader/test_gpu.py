@@ -200,6 +200,41 @@ def test_budget(device: Any, path: Path, tmp_path: Path) -> None:
             found["blocks.0.a.weight"]
 
 
+def test_the_first_layer_waits_for_no_other(device: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer is handed out while the size of the next is not known yet: on a miss, that one may still be quantized."""
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model:
+        known, real = threading.Event(), model.part_sizes
+
+        def part_sizes(name: str) -> Any:
+            if name.startswith("blocks.1."):
+                assert known.wait(60)
+            return real(name)
+
+        monkeypatch.setattr(model, "part_sizes", part_sizes)
+        with model.upload(device, lazy=True, budget=1 << 30) as found:
+            got: list[Any] = []
+            asking = threading.Thread(target=lambda: got.append(found["blocks.0.a.weight"]))
+            asking.start()
+            asking.join(30)
+            assert got
+            assert not known.is_set()
+            known.set()
+            assert there(found["blocks.1.a.weight"]) == stored(model["blocks.1.a.weight"])
+
+
+def test_bfloat16(device: Any, tmp_path: Path) -> None:
+    """Weights that stay bfloat16 are decoded exactly, of widths that 32 divides and others."""
+    import ml_dtypes
+
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    tensors = {f"w{width}": rng.standard_normal((5, width)).astype(ml_dtypes.bfloat16) for width in (64, 33)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    with qc.load(tmp_path / "m.safetensors", "nf4", other="keep", mode="off") as model, model.upload(device) as found:
+        for name, weights in tensors.items():
+            assert found[name].dtypes == {"values": "BF16"}
+            assert np.array_equal(gpu.dequantize(found[name], np.float32), weights.astype(np.float32))
+
+
 def test_after_closing(device: Any, path: Path, tmp_path: Path) -> None:
     """What was closed says so, and gives its memory back."""
     gc.collect()

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from quantcache.errors import CodecError, DeviceError
@@ -15,7 +16,7 @@ from quantcache.quant.codec import codec, codec_ids
 from quantcache.quant.wgsl import WeightShader
 from quantcache.tensor import PartSize
 
-__all__ = ["GpuTensor", "Home", "place", "row_chunks"]
+__all__ = ["GpuTensor", "Home", "padded_nbytes", "place", "row_chunks"]
 
 #: Bytes of a buffer that several tensors share, where a layer is larger: each can be freed by itself.
 _SHARED = 256 << 20
@@ -45,7 +46,6 @@ class GpuTensor:
         dtypes: part -> element type of what is stored.
         device: where it is.
         home: its buffers.
-        transposed: the weights stand in the buffer with the last two axes the other way round than `shape`.
     """
 
     codec: str
@@ -103,14 +103,20 @@ class GpuTensor:
         Raises:
             CodecError: no shader here does.
         """
-        found = None
-        if self.codec in codec_ids():
-            found = codec(self.codec).weight_shader(self.dtypes)
-        elif self.codec in block_types():
-            found = block_type(self.codec).weight_shader
-        if found is None:
-            raise CodecError(f"no shader here decodes {self.codec}", hint="nf4, int8, int8-row, f16, Q8_0, Q4_0, Q4_K, Q5_K and Q6_K have one")
-        return found
+        return _shader(self.codec, frozenset(self.dtypes.items()))
+
+
+@cache
+def _shader(name: str, dtypes: frozenset[tuple[str, str]]) -> WeightShader:
+    """Return the shader of a codec or a block type; the same object each time: every product asks for it."""
+    found = None
+    if name in codec_ids():
+        found = codec(name).weight_shader(dict(dtypes))
+    elif name in block_types():
+        found = block_type(name).weight_shader
+    if found is None:
+        raise CodecError(f"no shader here decodes {name}", hint="nf4, int8, int8-row, f16, Q8_0, Q4_0, Q4_K, Q5_K and Q6_K have one")
+    return found
 
 
 def row_chunks(tensor: GpuTensor, names: Sequence[str]) -> list[tuple[range, dict[str, Binding]]]:
@@ -156,6 +162,12 @@ def row_chunks(tensor: GpuTensor, names: Sequence[str]) -> list[tuple[range, dic
     return found
 
 
+def padded_nbytes(nbytes: int, device: Device) -> int:
+    """Return the room that a part of so many bytes takes in a buffer that others share."""
+    align: int = device.alignment
+    return -(-max(nbytes, 4) // align) * align
+
+
 def _binding(pieces: Sequence[Binding], first: int, last: int) -> Binding:
     """Return where bytes of a part stand; they lie in one piece."""
     position = 0
@@ -185,7 +197,7 @@ def place(
     sizes: list[int] = []
 
     def room(nbytes: int) -> tuple[int, int]:
-        padded = -(-max(nbytes, 4) // align) * align
+        padded = padded_nbytes(nbytes, device)
         if not sizes or sizes[-1] + padded > limit:
             sizes.append(0)
         start = sizes[-1]

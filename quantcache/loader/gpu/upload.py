@@ -17,7 +17,7 @@ import numpy as np
 
 from quantcache.errors import DeviceError, UsageError
 from quantcache.loader.gpu.device import Device
-from quantcache.loader.gpu.tensors import GpuTensor, Home, place
+from quantcache.loader.gpu.tensors import GpuTensor, Home, padded_nbytes, place
 from quantcache.tensor import QuantTensor, element_name
 from quantcache.trace import working_for
 
@@ -67,6 +67,7 @@ class _Group:
         self.home: Home | None = None
         self.tensors: dict[str, GpuTensor] = {}
         self.loading = False
+        self.reserved = 0  # bytes that count against the budget, from before it is loaded until it leaves
         self.error: BaseException | None = None
 
 
@@ -93,7 +94,7 @@ class GpuModel(Mapping[str, GpuTensor]):
         self._resident: OrderedDict[int, _Group] = OrderedDict()  # the least recently used first
         self._closed = False
         self._loader: threading.Thread | None = None
-        self._wanted: deque[_Group] = deque()
+        self._wanted: deque[tuple[_Group, _Group]] = deque()  # a layer, and the one that it must fit beside
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -157,8 +158,6 @@ class GpuModel(Mapping[str, GpuTensor]):
             try:
                 for group in started:
                     self._load(group, pool)
-                    if self._closed:
-                        raise DeviceError("the model was closed while it was uploaded")
             finally:
                 with self._changed:
                     for group in started:
@@ -187,30 +186,34 @@ class GpuModel(Mapping[str, GpuTensor]):
         self._bring(group)
         return self._have(group)
 
-    def _bring(self, group: _Group) -> None:
-        """Load a group that was marked as loading; an error is raised for whoever asks for it."""
+    def _bring(self, group: _Group, beside: _Group | None = None) -> None:
+        """Load a group that was marked as loading; an error is raised for whoever asks for it.
+
+        Args:
+            group: which.
+            beside: a group that has to stay: if both do not fit the budget, nothing is done.
+        """
         try:
-            self._make_room(group)
+            if not self._make_room(group, beside):
+                return
             with ThreadPoolExecutor(self._threads, "quantcache-upload") as pool:
                 self._load(group, pool)
             self.device.settle()
         except BaseException as error:  # noqa: BLE001 - it is handed to whoever asks
             with self._changed:
-                group.home, group.tensors, group.error = None, {}, error
+                group.home, group.tensors, group.reserved, group.error = None, {}, 0, error
         finally:
             with self._changed:
                 group.loading = False
                 self._changed.notify_all()
 
     def _ask_next(self, group: _Group) -> None:
-        """Have the next layer come, if it fits beside this one."""
+        """Have the next layer come, if it fits beside this one: how large it is, its thread finds out, a miss may have to be waited for."""
         following = self._groups[group.number + 1 : group.number + 2]
         if not self._lazy or not following or following[0].home is not None or following[0].loading or following[0].error:
             return
-        if self._budget is not None and self._size(group) + self._size(following[0]) > self._budget:
-            return
         following[0].loading = True
-        self._wanted.append(following[0])
+        self._wanted.append((following[0], group))
         if self._loader is None or not self._loader.is_alive():
             self._loader = threading.Thread(target=self._run, name="quantcache-next-layer", daemon=True)
             self._loader.start()
@@ -225,30 +228,31 @@ class GpuModel(Mapping[str, GpuTensor]):
                 if not self._wanted:
                     self._loader = None
                     return
-                group = self._wanted.popleft()
-            self._bring(group)
+                group, beside = self._wanted.popleft()
+            self._bring(group, beside)
             end = time.monotonic() + 5
 
     def _size(self, group: _Group) -> int:
-        """Return the bytes that a group takes on the device."""
-        if group.home is not None:
-            return group.home.nbytes
-        align = self.device.alignment
-        return sum(-(-max(part.nbytes, 4) // align) * align for name in group.names for part in self._model.part_sizes(name))
+        """Return the bytes that a group takes on the device; waits until it is quantized."""
+        return sum(padded_nbytes(part.nbytes, self.device) for name in group.names for part in self._model.part_sizes(name))
 
-    def _make_room(self, group: _Group) -> None:
-        """Let the least recently used layers go, until a group fits the budget."""
+    def _make_room(self, group: _Group, beside: _Group | None) -> bool:
+        """Let the least recently used layers go, until a group fits the budget; return whether it may come."""
         if self._budget is None:
-            return
+            return True
         size = self._size(group)
         if size > self._budget:
             raise UsageError(f"a budget of {self._budget:,} bytes does not take layer {group.number}, of {size:,}")
         with self._changed:
-            taken = sum(self._size(other) for other in self._groups if other is not group and (other.home or other.loading))
+            if beside is not None and beside.reserved + size > self._budget:
+                return False
+            taken = sum(other.reserved for other in self._groups)
             while taken + size > self._budget and self._resident:
                 _, oldest = self._resident.popitem(last=False)
-                taken -= self._size(oldest)
-                oldest.home, oldest.tensors = None, {}
+                taken -= oldest.reserved
+                oldest.home, oldest.tensors, oldest.reserved = None, {}, 0
+            group.reserved = size
+        return True
 
     def _load(self, group: _Group, pool: ThreadPoolExecutor) -> None:
         """Make a group's buffers and fill them."""
@@ -280,6 +284,9 @@ class GpuModel(Mapping[str, GpuTensor]):
             for buffer in mapped:
                 buffer.unmap()
         with self._changed:
+            if self._closed:
+                home.close()
+                raise DeviceError("the model was closed while it was uploaded")
             group.home, group.tensors = home, tensors
             self._resident[group.number] = group
             self._changed.notify_all()
