@@ -256,12 +256,9 @@ class Stored:
         def work(number: int) -> bool:
             first, last = number * each, min((number + 1) * each, chunks)
             begin, end = start + first * slot.chunk, start + min(last * slot.chunk, slot.nbytes)
-            memory = self.entry.memory[begin:end]
-            if not cached:
-                found_there = self._read(key, begin, end)
-                if found_there is None:
-                    return False
-                memory = found_there
+            memory = self.entry.memory[begin:end] if cached else self._read(key, begin, end)
+            if memory is None:
+                return False
             if not self._check:
                 return True
             with span("verify", end - begin, key):

@@ -161,9 +161,7 @@ class Shard:
 
                 try:
                     release = cache.acquire(name, served)
-                    if self.stored is None:
-                        served()
-                    if self.stored is not None:
+                    if self.stored is not None or served():
                         release()
                         return
                     jobs = plan(source, request)

@@ -22,9 +22,9 @@ UNIT = 32
 _FOLDER = Path(__file__).parent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightShader:
-    """Describe how a shader gets at weights.
+    """Describe how a shader gets at weights. Each is itself, so that what is made of one can be kept by it.
 
     Args:
         parts: name of a stored part -> WGSL type of the storage array that it is bound as, in binding order.

@@ -6,13 +6,14 @@ The shaders are put together from a codec's own WGSL and a frame here; a runtime
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from quantcache.errors import UsageError
-from quantcache.loader.gpu.device import Binding, Device
+from quantcache.loader.gpu.device import Binding
 from quantcache.loader.gpu.tensors import GpuTensor, row_chunks
 from quantcache.quant.wgsl import UNIT, WeightShader
 from quantcache.tensor import float_dtype
@@ -70,8 +71,8 @@ def dequantize(tensor: GpuTensor, dtype: DTypeLike = np.float16) -> Array:
         room = device.max_binding // itemsize // tensor.width // 2 * 2 or len(rows)
         for start in range(0, len(rows), room):
             count = min(room, len(rows) - start) * tensor.width
-            out = device.buffer(-(-count * itemsize // 64) * 64, "decoded weights")
             size = -(-count * itemsize // 64) * 64
+            out = device.buffer(size, "decoded weights")
             pipeline = device.pipeline(_decode_source(shader, kind, fast=fast))
             encoder = device.encoder()
             threads = -(-count // per_thread)
@@ -136,7 +137,7 @@ def record_matvec(within: Any, tensor: GpuTensor, x: Binding, y: Binding, batch:
     for part, bound in row_chunks(tensor, tuple(shader.parts)):
         for first in range(0, batch, _BATCH):
             few = min(_BATCH, batch - first)
-            pipeline = device.pipeline(_product_source(shader, device, few, fast=fast))
+            pipeline = device.pipeline(_product_source(shader, few, fast=fast, subgroups="subgroup" in device.features))
             settings = device.uniform(width, len(part), part.start, rows)
             ends = device.uniform(first)
             bindings = [x, y, settings, ends, *(bound[name] for name in shader.parts)]
@@ -156,6 +157,7 @@ _NUMBER = "let number = wid.y * groups.x + wid.x;"
 _BUILTINS = "@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lane: u32"
 
 
+@cache
 def _decode_source(shader: WeightShader, kind: str, *, fast: bool) -> str:
     """Return a shader that writes weights: 32 a thread, or two of any width."""
     store = (
@@ -206,10 +208,10 @@ def _stored_pair(kind: str) -> str:
     return f"    out[unit] = {value};"
 
 
-def _product_source(shader: WeightShader, device: Device, batch: int, *, fast: bool) -> str:
+@cache
+def _product_source(shader: WeightShader, batch: int, *, fast: bool, subgroups: bool) -> str:
     """Return a shader that multiplies: a workgroup takes a few rows, its threads the columns in turn."""
     sums = [(r, b) for r in range(_ROWS) for b in range(batch)]
-    subgroups = "subgroup" in device.features
     zeros = "\n  ".join(f"var s{r}_{b} = 0.0;" for r, b in sums)
     if fast:
         places = {(b, k): f"x[((settings2.x + {b}u) * units + unit) * 8u + {k}u]" for b in range(batch) for k in range(8)}

@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from quantcache.errors import DeviceError, DeviceOutOfMemory, DeviceUnavailable, QuantcacheError, UsageError
 from quantcache.trace import span
 
-__all__ = ["ALIGNMENT", "Binding", "Device", "open_device"]
+__all__ = ["Binding", "Device", "open_device"]
 
 #: Offsets of bindings are multiples of this on every adapter.
 ALIGNMENT = 256
@@ -95,7 +95,7 @@ class Device:
         least = min(limits["max-buffer-size"], max_buffer or 1 << 62)
         self.max_buffer = least // ALIGNMENT * ALIGNMENT
         self.max_binding = min(self.max_buffer, limits["max-storage-buffer-binding-size"], max_binding or 1 << 62) // ALIGNMENT * ALIGNMENT
-        self.alignment = max(ALIGNMENT, limits["min-storage-buffer-offset-alignment"])
+        self.alignment: int = max(ALIGNMENT, limits["min-storage-buffer-offset-alignment"])
         info = device.adapter_info if hasattr(device, "adapter_info") else device.adapter.info
         self.name: str = info["device"] or info["description"] or "GPU"
         self.features = frozenset(device.features)
@@ -108,7 +108,7 @@ class Device:
         self._error: type[Exception] = wgpu.GPUError
         self.held = 0
         self._lock = threading.Lock()
-        self._pipelines: dict[Any, Any] = {}
+        self._pipelines: dict[str, Any] = {}
         self._uniforms: dict[bytes, Any] = {}
         self._spare: dict[int, list[Any]] = {}
         with self._guard("opening the device"):
@@ -224,19 +224,18 @@ class Device:
         """
         self._staging.settle()
 
-    def read(self, source: Binding, out: Any | None = None, *, before: Any | None = None) -> Any:
+    def read(self, source: Binding, *, before: Any | None = None) -> Any:
         """Return bytes of a buffer, once all that was submitted before is done.
 
         Args:
             source: what.
-            out: contiguous uint8 array to fill; a new one if None.
             before: a command encoder whose work comes first, in the same submission.
 
         Returns:
             uint8[bytes].
         """
         buffer, offset, nbytes = source
-        out = np.empty(nbytes, np.uint8) if out is None else out
+        out = np.empty(nbytes, np.uint8)
         padded = -(-nbytes // 4) * 4
         encoder = before if before is not None else self.encoder()
         if not nbytes:
@@ -307,22 +306,20 @@ class Device:
 
         return wait
 
-    def pipeline(self, source: str, entry: str = "main", constants: Mapping[str, float] | None = None) -> Any:
-        """Return a compute pipeline, made once.
+    def pipeline(self, source: str) -> Any:
+        """Return the compute pipeline of a shader's `main`, made once.
 
         Raises:
             DeviceError: the shader does not compile.
         """
-        key = source, entry, tuple(sorted((constants or {}).items()))
         with self._lock:
-            if key in self._pipelines:
-                return self._pipelines[key]
+            if source in self._pipelines:
+                return self._pipelines[source]
         with self._guard("a shader"):
             module = self.raw.create_shader_module(code=source)
-            stage = {"module": module, "entry_point": entry, "constants": dict(constants or {})}
-            made = self.raw.create_compute_pipeline(layout="auto", compute=stage)
+            made = self.raw.create_compute_pipeline(layout="auto", compute={"module": module, "entry_point": "main"})
         with self._lock:
-            return self._pipelines.setdefault(key, made)
+            return self._pipelines.setdefault(source, made)
 
     def uniform(self, *values: int) -> Binding:
         """Return a uniform buffer of up to four u32, made once for the same values."""

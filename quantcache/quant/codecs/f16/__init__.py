@@ -62,11 +62,11 @@ class F16(Codec):
 
     def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
         """Return the shader of float16; of bfloat16 and float32 too, for weights that stayed as they were."""
-        file = {"F16": "weights", "BF16": "weights_bf16", "F32": "weights_f32"}.get(dtypes["values"])
-        if file is None:
+        files = {"F16": ("pair_f16", "weights"), "BF16": ("pair_bf16", "weights"), "F32": ("weights_f32",)}.get(dtypes["values"])
+        if files is None:
             return None
         kind = "array<f32>" if dtypes["values"] == "F32" else "array<u32>"
-        return WeightShader({"values": kind}, read(f"codecs/f16/{file}.wgsl"), any_width=True)
+        return WeightShader({"values": kind}, "".join(read(f"codecs/f16/{file}.wgsl") for file in files), any_width=True)
 
     def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
         """Widen or copy."""

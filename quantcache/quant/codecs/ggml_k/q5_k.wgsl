@@ -9,9 +9,9 @@ fn qc_unit(row: u32, unit: u32, width: u32) -> array<vec4<f32>, 8> {
   let flat = row * (width / 32u) + unit;
   let at = (flat >> 3u) * 176u;
   let j = flat & 7u;
-  let six = qc_six(at + 4u, j);
-  let s = qc_half_at(at) * six.x;
-  let m = qc_half_at(at + 2u) * six.y;
+  let both = qc_scaled_six(at, j);
+  let s = both.x;
+  let m = both.y;
   let f = (at >> 2u) + 4u;
   let w = f + 8u + (j >> 1u) * 8u;
   let h = (j & 1u) * 4u;

@@ -10,3 +10,8 @@ fn qc_six(at: u32, j: u32) -> vec2<f32> {
     f32((low & 15u) | ((qc_byte(at + j - 4u) >> 6u) << 4u)),
     f32((low >> 4u) | ((qc_byte(at + j) >> 6u) << 4u)));
 }
+
+// the scale and the minimum of run j; `at` is the first byte of the block: d, dmin, the twelve bytes
+fn qc_scaled_six(at: u32, j: u32) -> vec2<f32> {
+  return vec2<f32>(qc_half_at(at), qc_half_at(at + 2u)) * qc_six(at + 4u, j);
+}
