@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # an editable install: only what is compiled, and what is declared, asks for another one
-SOURCES := $(wildcard quantcache/quant/*.c quantcache/quant/*.h quantcache/quant/codecs/*/*.c quantcache/quant/merge/*.c) pyproject.toml CMakeLists.txt
+SOURCES := $(wildcard quantcache/quant/*.c quantcache/quant/*.h quantcache/quant/codecs/*/*.c quantcache/quant/merge/*.c quantcache/quant/digest/*.c) pyproject.toml CMakeLists.txt
 
 .PHONY: demo test stress crash interop bench bench-full lint clean help
 help:

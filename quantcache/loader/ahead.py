@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from quantcache.cache.blobs import Reader, StoredEntry
-from quantcache.cache.key import combine, digest
+from quantcache.cache.key import combine
 from quantcache.errors import SourceError
 from quantcache.loader.mapping import MappedFile, is_cached, populate
+from quantcache.quant.digest import digests
 from quantcache.trace import Profile, span, working_for
 
 __all__ = ["Pool", "Stored", "read_ahead"]
@@ -57,7 +58,9 @@ class Pool:
 
     def __init__(self, threads: int, profile: Profile | None = None) -> None:
         self._count, self._profile = threads, profile
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        #: what threads wait for, and what callers do: a piece that is done wakes nobody
+        self._asked, self._brought = threading.Condition(self._lock), threading.Condition(self._lock)
         self._queue: deque[_Bringing] = deque()
         self._alive = 0
         self._closed = False
@@ -70,7 +73,7 @@ class Pool:
             return
         tensors = list(tensors)
         pieces = sum(len(tensor.waiting) for tensor in tensors)
-        with self._changed:
+        with self._lock:
             if self._closed or not tensors:
                 return
             (self._queue.extendleft if first else self._queue.extend)(tensors)
@@ -81,11 +84,11 @@ class Pool:
                 except RuntimeError:  # no more threads here: whoever asks brings it
                     break
                 self._alive += 1
-            self._changed.notify_all()
+            self._asked.notify_all()
 
     def wait(self, tensors: list[_Bringing]) -> bool:
         """Bring tensors now, with the threads' help where that is worth it; return whether all are fine."""
-        with self._changed:
+        with self._lock:
             big = [tensor for tensor in tensors if len(tensor.waiting) >= _HELP and tensor not in self._queue]
         if big and self._count > 1:
             self.ask(big, first=True)
@@ -93,9 +96,9 @@ class Pool:
             while True:
                 while self._step(tensor):
                     pass
-                with self._changed:
+                with self._lock:
                     while tensor.left and not tensor.waiting:
-                        self._changed.wait()
+                        self._brought.wait()
                     if not tensor.left:
                         break  # else somebody was interrupted at a piece
         return all(tensor.fine for tensor in tensors)
@@ -104,18 +107,18 @@ class Pool:
         """Stop reading ahead."""
         if self.process != os.getpid():
             return
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._queue.clear()
-            self._changed.notify_all()
+            self._asked.notify_all()
 
     def _work(self) -> None:
         with working_for(self._profile):
             while True:
-                with self._changed:
+                with self._lock:
                     while self._queue and not self._queue[0].waiting:
                         self._queue.popleft()
-                    if not self._queue and (self._closed or not self._changed.wait(_IDLE_S)):
+                    if not self._queue and (self._closed or not self._asked.wait(_IDLE_S)):
                         self._alive -= 1
                         return
                     tensor = self._queue[0] if self._queue else None
@@ -123,7 +126,7 @@ class Pool:
                     try:
                         self._step(tensor)
                     except BaseException:  # noqa: BLE001 - no memory: whoever asks for the tensor does it, and is told
-                        with self._changed:
+                        with self._lock:
                             self._queue.clear()
 
     def _step(self, tensor: _Bringing) -> bool:
@@ -134,22 +137,23 @@ class Pool:
         number = -1
         fine = None
         try:
-            with self._changed:
+            with self._lock:
                 if not tensor.waiting:
                     return False
                 number = tensor.waiting.popleft()
             fine = tensor.work(number)
         finally:
             if number >= 0:
-                with self._changed:
+                with self._lock:
                     if fine is None:
                         tensor.waiting.appendleft(number)
+                        self._brought.notify_all()
                     else:
                         tensor.left -= 1
                         tensor.fine = tensor.fine and fine
                         if not tensor.left:
                             tensor.work = _done  # which lets go of the entry
-                    self._changed.notify_all()
+                            self._brought.notify_all()
         return True
 
 
@@ -262,9 +266,7 @@ class Stored:
             if not self._check:
                 return True
             with span("verify", end - begin, key):
-                for chunk in range(first, last):
-                    at = (chunk - first) * slot.chunk
-                    found[chunk] = digest(memory[at : min(at + slot.chunk, end - begin)])
+                found[first:last] = digests(memory, slot.chunk)
                 return not all(found) or combine(found) == self.entry.header.digests[key]
 
         tensor = self._tensors[key] = _Bringing(-(-chunks // each), work)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from quantcache.quant.blocks import block_type, block_types
 from quantcache.quant.codec import Status
@@ -145,7 +146,7 @@ def check(runner: Runner, level: str) -> int:
                     wanted_half = f16.cast(x[:n])
                     same(f"f16 status {name} {n}", np.int64(status), np.int64(wanted_half[0]))
                     same(f"f16 {name} {n}", half, wanted_half[1])
-    count += check_blocks(runner, level) + check_merging(runner, level)
+    count += check_blocks(runner, level) + check_merging(runner, level) + check_digests(runner, level)
     absmax = np.abs(np.random.default_rng(SEED).standard_normal(700)).astype(np.float32)
     values, middles = NESTED_MAP, NESTED_MIDDLES
     offset = np.array([nf4.mean(absmax)], np.float64)
@@ -199,6 +200,18 @@ def check_merging(runner: Runner, level: str) -> int:
             if status != Status.OK or wide.tobytes() != to_f32(values, element).tobytes():
                 raise SystemExit(f"{level}: widening {element} differs (QUANTCACHE_TEST_SEED={SEED})")
     return len(sizes) * (1 + len(ELEMENT))
+
+
+def check_digests(runner: Runner, level: str) -> int:
+    """Compare digests with the xxhash package: around its stripes and blocks, one piece and several."""
+    sizes = [(241, 241), (1024, 1024), (1025, 2000), (1089, 1089), (9000, 4096), (70_000, 1024)]
+    for length, piece in sizes:
+        data = np.random.default_rng(SEED).integers(0, 256, length, dtype=np.uint8)
+        wanted = b"".join(xxhash.xxh3_128_digest(data[start : start + piece].data) for start in range(0, length, piece))
+        status, (got,) = runner.call(f"qc_digest_pieces__{level}", data, length, piece, ("out", "u1", len(wanted)))
+        if status != Status.OK or got.tobytes() != wanted:
+            raise SystemExit(f"{level}: digests of {length} bytes by {piece} differ (QUANTCACHE_TEST_SEED={SEED})")
+    return len(sizes)
 
 
 def run(command: Sequence[str | Path]) -> None:

@@ -160,15 +160,15 @@ def test_interrupted_while_checking(model_path: Path, tmp_path: Path, monkeypatc
     """Ctrl-C in the middle of a check says nothing about the entry: the next who asks gets it, and it stays."""
     with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
         right = parts(model)
-    real, calls = ahead.digest, []
+    real, calls = ahead.digests, []
 
-    def digest(buffer: Any) -> bytes:
+    def digests(data: Any, piece: int) -> list[bytes]:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(buffer)
+        return real(data, piece)
 
-    monkeypatch.setattr(ahead, "digest", digest)
+    monkeypatch.setattr(ahead, "digests", digests)
     with qc.load(model_path, "int8", cache=tmp_path / "c", threads=1) as model:
         with pytest.raises(KeyboardInterrupt):
             model["blocks.0.a.weight"]

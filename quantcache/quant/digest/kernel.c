@@ -1,0 +1,142 @@
+/* XXH3-128 of consecutive pieces, seed 0, the default secret: what xxhash computes, for whole runs of pieces in one call.
+ *
+ * Source: the specification of XXH3 in xxHash's doc/xxhash_spec.md; checked against the xxhash package. */
+#include "../kernel.h"
+
+#define LANES 8
+#define AHEAD 1024 /* bytes that are asked of memory before they are needed */
+#define STRIPE 64
+#define SECRET 192
+#define STRIPES ((SECRET - STRIPE) / 8) /* of a block: each uses the secret from 8 bytes further on */
+
+static const uint64_t P32_1 = 0x9E3779B1u, P32_2 = 0x85EBCA77u, P32_3 = 0xC2B2AE3Du;
+static const uint64_t P64_1 = 0x9E3779B185EBCA87u, P64_2 = 0xC2B2AE3D27D4EB4Fu, P64_3 = 0x165667B19E3779F9u;
+static const uint64_t P64_4 = 0x85EBCA77C2B2AE63u, P64_5 = 0x27D4EB2F165667C5u;
+
+/* the secret as little-endian words, so that it is the same memory on every machine that the kernels run on */
+static const uint64_t SECRET_WORDS[SECRET / 8] = {
+    0xbe4ba423396cfeb8u, 0x1cad21f72c81017cu, 0xdb979083e96dd4deu, 0x1f67b3b7a4a44072u, 0x78e5c0cc4ee679cbu, 0x2172ffcc7dd05a82u,
+    0x8e2443f7744608b8u, 0x4c263a81e69035e0u, 0xcb00c391bb52283cu, 0xa32e531b8b65d088u, 0x4ef90da297486471u, 0xd8acdea946ef1938u,
+    0x3f349ce33f76faa8u, 0x1d4f0bc7c7bbdcf9u, 0x3159b4cd4be0518au, 0x647378d9c97e9fc8u, 0xc3ebd33483acc5eau, 0xeb6313faffa081c5u,
+    0x49daf0b751dd0d17u, 0x9e68d429265516d3u, 0xfca1477d58be162bu, 0xce31d07ad1b8f88fu, 0x280416958f3acb45u, 0x7e404bbbcafbd7afu};
+
+#if defined(__GNUC__)
+#define QC_PREFETCH_READ(address) __builtin_prefetch((address), 0)
+#else
+#define QC_PREFETCH_READ(address) ((void)0)
+#endif
+
+QC_INLINE uint64_t read64(const uint8_t *p) {
+    uint64_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+/* ---- W lanes of 64 bits: sum + swapped neighbours + low half * high half of data ^ secret ---- */
+#if defined(QC_AVX512)
+#define W 8
+typedef __m512i qd;
+QC_INLINE qd qd_load(const void *p) { return _mm512_loadu_si512(p); }
+QC_INLINE void qd_store(void *p, qd a) { _mm512_storeu_si512(p, a); }
+QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
+    const qd k = _mm512_xor_si512(data, secret), product = _mm512_mul_epu32(k, _mm512_srli_epi64(k, 32));
+    return _mm512_add_epi64(sum, _mm512_add_epi64(product, _mm512_shuffle_epi32(data, _MM_PERM_BADC)));
+}
+#elif defined(QC_AVX2)
+#define W 4
+typedef __m256i qd;
+QC_INLINE qd qd_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+QC_INLINE void qd_store(void *p, qd a) { _mm256_storeu_si256((__m256i *)p, a); }
+QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
+    const qd k = _mm256_xor_si256(data, secret), product = _mm256_mul_epu32(k, _mm256_srli_epi64(k, 32));
+    return _mm256_add_epi64(sum, _mm256_add_epi64(product, _mm256_shuffle_epi32(data, 0x4e)));
+}
+#elif defined(QC_NEON)
+#define W 2
+typedef uint64x2_t qd;
+QC_INLINE qd qd_load(const void *p) { return vreinterpretq_u64_u8(vld1q_u8((const uint8_t *)p)); }
+QC_INLINE void qd_store(void *p, qd a) { vst1q_u8((uint8_t *)p, vreinterpretq_u8_u64(a)); }
+QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
+    const qd k = veorq_u64(data, secret);
+    return vmlal_u32(vaddq_u64(sum, vextq_u64(data, data, 1)), vmovn_u64(k), vshrn_n_u64(k, 32));
+}
+#else
+#define W 2
+typedef struct {
+    uint64_t lane[W];
+} qd;
+QC_INLINE qd qd_load(const void *p) {
+    qd a;
+    memcpy(&a, p, sizeof a);
+    return a;
+}
+QC_INLINE void qd_store(void *p, qd a) { memcpy(p, &a, sizeof a); }
+QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
+    for (int i = 0; i < W; i++) {
+        const uint64_t k = data.lane[i] ^ secret.lane[i];
+        sum.lane[i] += data.lane[i ^ 1] + (k & 0xffffffffu) * (k >> 32);
+    }
+    return sum;
+}
+#endif
+
+QC_INLINE void accumulate(qd *acc, const uint8_t *data, const uint8_t *secret) {
+    for (int i = 0; i < LANES / W; i++) acc[i] = qd_mix(acc[i], qd_load(data + 8 * W * i), qd_load(secret + 8 * W * i));
+}
+
+/* whole blocks; the sums stay in registers */
+static void blocks_of(uint64_t *sums, const uint8_t *data, uint64_t blocks) {
+    const uint8_t *secret = (const uint8_t *)SECRET_WORDS;
+    qd acc[LANES / W];
+    for (uint64_t b = 0; b < blocks; b++, data += STRIPE * STRIPES) {
+        for (int i = 0; i < LANES / W; i++) acc[i] = qd_load(sums + W * i);
+        for (int s = 0; s < STRIPES; s++) {
+            QC_PREFETCH_READ(data + s * STRIPE + AHEAD);
+            accumulate(acc, data + s * STRIPE, secret + 8 * s);
+        }
+        for (int i = 0; i < LANES / W; i++) qd_store(sums + W * i, acc[i]);
+        for (int i = 0; i < LANES; i++) sums[i] = (sums[i] ^ sums[i] >> 47 ^ SECRET_WORDS[(SECRET - STRIPE) / 8 + i]) * P32_1;
+    }
+}
+
+QC_INLINE uint64_t folded(uint64_t a, uint64_t b) {
+    const uint64_t al = a & 0xffffffffu, ah = a >> 32, bl = b & 0xffffffffu, bh = b >> 32;
+    const uint64_t ll = al * bl, hl = ah * bl, lh = al * bh, hh = ah * bh;
+    const uint64_t cross = (ll >> 32) + (hl & 0xffffffffu) + lh;
+    return ((cross << 32) | (ll & 0xffffffffu)) ^ ((hl >> 32) + (cross >> 32) + hh);
+}
+
+static uint64_t merged(const uint64_t *acc, const uint8_t *secret, uint64_t start) {
+    uint64_t h = start;
+    for (int i = 0; i < LANES; i += 2) h += folded(acc[i] ^ read64(secret + 8 * i), acc[i + 1] ^ read64(secret + 8 * i + 8));
+    h ^= h >> 37;
+    h *= 0x165667919E3779F9u;
+    return h ^ h >> 32;
+}
+
+static void put64(uint8_t *out, uint64_t v) {
+    for (int i = 0; i < 8; i++) out[i] = (uint8_t)(v >> (56 - 8 * i));
+}
+
+/* n > 240 */
+static void xxh3_128(const uint8_t *data, uint64_t n, uint8_t *out) {
+    const uint8_t *secret = (const uint8_t *)SECRET_WORDS;
+    uint64_t sums[LANES] = {P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1};
+    const uint64_t block = STRIPE * STRIPES, blocks = (n - 1) / block, rest = (n - 1 - blocks * block) / STRIPE;
+    blocks_of(sums, data, blocks);
+    qd acc[LANES / W];
+    for (int i = 0; i < LANES / W; i++) acc[i] = qd_load(sums + W * i);
+    for (uint64_t s = 0; s < rest; s++) accumulate(acc, data + blocks * block + s * STRIPE, secret + 8 * s);
+    accumulate(acc, data + n - STRIPE, secret + SECRET - STRIPE - 7);
+    for (int i = 0; i < LANES / W; i++) qd_store(sums + W * i, acc[i]);
+    put64(out, merged(sums, secret + SECRET - STRIPE - 11, ~(n * P64_2)));
+    put64(out + 8, merged(sums, secret + 11, n * P64_1));
+}
+
+/* Digests of the pieces of n bytes at data, each of `piece` bytes but for the last; all longer than 240 bytes.
+ * out: 16 bytes a piece, as xxhash's canonical form. */
+QC_EXPORT(qc_digest_pieces)(const uint8_t *data, uint64_t n, uint64_t piece, uint8_t *out) {
+    if (piece <= 240 || (n % piece && n % piece <= 240)) return QC_BAD_CALL;
+    for (uint64_t start = 0; start < n; start += piece, out += 16) xxh3_128(data + start, n - start < piece ? n - start : piece, out);
+    return QC_OK;
+}

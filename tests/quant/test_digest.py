@@ -1,0 +1,47 @@
+"""Hold the digest kernel to the xxhash package, at every CPU level, whatever the lengths and where the bytes lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import xxhash
+
+from quantcache.quant import native
+from quantcache.quant.digest import digests
+
+COMPILED = [level for level in native.available() if level != "reference"] or ["scalar"]
+#: around the shortest that the kernel takes, stripes of 64 bytes, blocks of 1,024
+LENGTHS = [241, 255, 256, 257, 320, 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 4096, 65536, 100_003]
+
+
+@pytest.mark.parametrize("level", COMPILED)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_one_piece(level: str, length: int) -> None:
+    """A piece of any length, from any address on, has the digest that xxhash gives it."""
+    raw = np.frombuffer(os.urandom(length + 3), np.uint8)
+    for shift in range(4):
+        data, found = np.ascontiguousarray(raw[shift : shift + length]), np.empty(16, np.uint8)
+        assert native.kernel("digest_pieces", level)(raw[shift : shift + length], length, length, found) == 0
+        assert found.tobytes() == xxhash.xxh3_128_digest(data.data)
+
+
+@pytest.mark.parametrize("level", ["reference", *COMPILED])
+@pytest.mark.parametrize("piece", [1, 64, 240, 241, 1024, 5000, 65536, 1 << 20])
+@pytest.mark.parametrize("length", [0, 1, 240, 241, 65536, 65536 + 17, 200_000])
+def test_pieces(kernel_level: Callable[[str], None], level: str, piece: int, length: int) -> None:
+    """A run of pieces has the digests of its pieces, the last and shorter one, too."""
+    kernel_level(level)
+    data = memoryview(os.urandom(length))
+    if piece == 1:
+        data = data[:300]
+    assert digests(data, piece) == [xxhash.xxh3_128_digest(data[start : start + piece]) for start in range(0, len(data), piece)]
+
+
+def test_short_pieces_are_refused() -> None:
+    """The kernel does not touch what has other rules."""
+    data, found = np.zeros(1000, np.uint8), np.empty(64, np.uint8)
+    for piece in (240, 990):
+        assert native.kernel("digest_pieces", COMPILED[-1])(data, data.size, piece, found) == 8
