@@ -2,12 +2,13 @@
 
 fn qc_init(local_index: u32) {}
 
-// four bytes from an even byte on
-fn qc_word(byte: u32) -> u32 {
+// eight bytes from an even byte on
+fn qc_words(byte: u32) -> vec2<u32> {
   let at = byte >> 2u;
   let low = qc_blocks[at];
-  if ((byte & 2u) == 0u) { return low; }
-  return (low >> 16u) | (qc_blocks[at + 1u] << 16u);
+  let middle = qc_blocks[at + 1u];
+  if ((byte & 2u) == 0u) { return vec2<u32>(low, middle); }
+  return vec2<u32>((low >> 16u) | (middle << 16u), (middle >> 16u) | (qc_blocks[at + 2u] << 16u));
 }
 
 // a float16 at an even byte; subnormal ones, too, whatever the device does to them
@@ -25,4 +26,3 @@ fn qc_bytes(word: u32) -> vec4<u32> {
 }
 
 fn qc_low_nibbles(word: u32) -> vec4<u32> { return qc_bytes(word & 0x0f0f0f0fu); }
-fn qc_high_nibbles(word: u32) -> vec4<u32> { return qc_bytes((word >> 4u) & 0x0f0f0f0fu); }

@@ -5,7 +5,7 @@ The shaders are put together from a codec's own WGSL and a frame here; a runtime
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from functools import cache
 from typing import Any
 
@@ -22,8 +22,10 @@ __all__ = ["dequantize", "matvec", "record_matvec", "weight_shader"]
 
 Array = NDArray[Any]
 
-#: Rows that a workgroup multiplies, and its threads; vectors that one pass takes.
-_ROWS, _THREADS, _BATCH = 4, 128, 8
+#: Rows that a workgroup multiplies, and its threads; vectors that one pass takes: docs/decisions/0012-gpu.md.
+_ROWS, _THREADS, _BATCH = 4, 64, 8
+#: A subgroup has at least so many threads.
+_SUBGROUP = 4
 
 
 def weight_shader(tensor: GpuTensor, group: int = 0, first: int = 0) -> str:
@@ -63,6 +65,8 @@ def dequantize(tensor: GpuTensor, dtype: DTypeLike = np.float16) -> Array:
     if kind == "BF16":
         raise UsageError("a GPU decodes to float16 or float32")
     device, shader = tensor.device, tensor.shader
+    if not math.prod(tensor.shape):
+        return np.empty(tensor.shape, np.float32 if kind == "F32" else np.float16)
     itemsize = 4 if kind == "F32" else 2
     fast = _by_units(tensor, shader)
     per_thread = UNIT if fast else 2
@@ -73,7 +77,7 @@ def dequantize(tensor: GpuTensor, dtype: DTypeLike = np.float16) -> Array:
             count = min(room, len(rows) - start) * tensor.width
             size = -(-count * itemsize // 64) * 64
             out = device.buffer(size, "decoded weights")
-            pipeline = device.pipeline(_decode_source(shader, kind, fast=fast))
+            pipeline = device.pipeline(decode_source(shader, kind, fast=fast))
             encoder = device.encoder()
             threads = -(-count // per_thread)
             settings = device.uniform(tensor.width, count, start)
@@ -103,9 +107,10 @@ def matvec(tensor: GpuTensor, x: Array) -> NDArray[np.float32]:
     if len(tensor.shape) != 2 or np.ndim(x) not in (1, 2) or vectors.shape[1] != tensor.shape[1]:
         raise UsageError(f"a tensor of shape {tensor.shape} and x of shape {np.shape(x)} do not multiply")
     device = tensor.device
-    batch, rows = len(vectors), tensor.rows
-    if not batch:
-        return np.empty((0, rows), np.float32)
+    batch, rows = len(vectors), tensor.shape[0]
+    if not batch or not math.prod(tensor.shape):
+        nothing = np.zeros((batch, rows), np.float32)
+        return nothing[0] if np.ndim(x) == 1 else nothing
     inputs = device.buffer(-(-vectors.nbytes // 16) * 16, "vectors")
     outputs = device.buffer(batch * rows * 4, "products")
     device.write(inputs, 0, vectors.reshape(-1).view(np.uint8))
@@ -130,6 +135,8 @@ def record_matvec(within: Any, tensor: GpuTensor, x: Binding, y: Binding, batch:
         CodecError, UsageError, DeviceError: as `matvec`.
     """
     device, shader = tensor.device, tensor.shader
+    if len(tensor.shape) != 2 or not math.prod(tensor.shape):
+        raise UsageError(f"a tensor of shape {tensor.shape} is no matrix with weights")
     rows, width = tensor.shape
     if x[2] < batch * width * 4 or y[2] < batch * rows * 4:
         raise UsageError(f"x and y have {x[2]} and {y[2]} bytes, {batch} vectors take {batch * width * 4} and {batch * rows * 4}")
@@ -145,7 +152,7 @@ def record_matvec(within: Any, tensor: GpuTensor, x: Binding, y: Binding, batch:
 
 
 def _by_units(tensor: GpuTensor, shader: WeightShader) -> bool:
-    """Return whether rows are whole units of 32 weights; the others need a qc_weight."""
+    """Return whether rows are whole units; the others need a qc_weight."""
     if tensor.width % UNIT == 0:
         return True
     if not shader.any_width:
@@ -158,10 +165,10 @@ _BUILTINS = "@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) gro
 
 
 @cache
-def _decode_source(shader: WeightShader, kind: str, *, fast: bool) -> str:
-    """Return a shader that writes weights: 32 a thread, or two of any width."""
+def decode_source(shader: WeightShader, kind: str, *, fast: bool) -> str:
+    """Return a shader that writes weights: a unit a thread, or two of any width."""
     store = (
-        "\n".join(f"    out[{8 if kind == 'F32' else 4}u * unit + {n}u] = {value};" for n, value in enumerate(_stored(kind)))
+        "\n".join(f"    out[{len(_stored(kind))}u * unit + {n}u] = {value};" for n, value in enumerate(_stored(kind)))
         if fast
         else _stored_pair(kind)
     )
@@ -195,12 +202,11 @@ fn main({_BUILTINS}) {{
 """
 
 
-def _stored(kind: str) -> Iterator[str]:
+def _stored(kind: str) -> list[str]:
+    """Return the vectors that a unit's weights `w` are stored as."""
     if kind == "F32":
-        yield from (f"w[{n}]" for n in range(8))
-        return
-    for n in range(0, 8, 2):
-        yield "vec4<u32>(" + ", ".join(f"pack2x16float(w[{m}].{half})" for m in (n, n + 1) for half in ("xy", "zw")) + ")"
+        return ["w[0]", "w[1]"]
+    return ["vec4<u32>(" + ", ".join(f"pack2x16float(w[{m}].{half})" for m in (0, 1) for half in ("xy", "zw")) + ")"]
 
 
 def _stored_pair(kind: str) -> str:
@@ -214,16 +220,17 @@ def _product_source(shader: WeightShader, batch: int, *, fast: bool, subgroups: 
     sums = [(r, b) for r in range(_ROWS) for b in range(batch)]
     zeros = "\n  ".join(f"var s{r}_{b} = 0.0;" for r, b in sums)
     if fast:
-        places = {(b, k): f"x[((settings2.x + {b}u) * units + unit) * 8u + {k}u]" for b in range(batch) for k in range(8)}
-        kept = batch <= 2  # in registers; of more vectors, the nearest cache has them
-        loads = "\n".join(f"    let x{b}_{k} = {place};" for (b, k), place in places.items() if kept)
-        names = {at: f"x{at[0]}_{at[1]}" if kept else place for at, place in places.items()}
-        rows = "\n".join(
-            f"    {{ let w = qc_unit(min(row + {r}u, last), unit, settings.x);\n"
-            + "\n".join(f"      s{r}_{b} += " + " + ".join(f"dot(w[{k}], {names[b, k]})" for k in range(8)) + ";" for b in range(batch))
-            + "\n    }"
-            for r in range(_ROWS)
-        )
+        # lanes that stand side by side read what stands side by side, of the weights and of the vectors
+        loads = "\n".join(f"    let x{b}_{k} = x[((settings2.x + {b}u) * units + unit) * 2u + {k}u];" for b in range(batch) for k in range(2))
+        if shader.has_dot and batch == 1:
+            rows = "\n".join(f"    s{r}_0 += qc_dot(min(row + {r}u, last), unit, settings.x, x0_0, x0_1);" for r in range(_ROWS))
+        else:
+            rows = "\n".join(
+                f"    {{ let w = qc_unit(min(row + {r}u, last), unit, settings.x);\n"
+                + "\n".join(f"      s{r}_{b} += dot(w[0], x{b}_0) + dot(w[1], x{b}_1);" for b in range(batch))
+                + "\n    }"
+                for r in range(_ROWS)
+            )
         loop = f"for (var unit = lane; unit < units; unit += {_THREADS}u) {{\n{loads}\n{rows}\n  }}"
     else:
         rows = "\n".join(
@@ -235,10 +242,12 @@ def _product_source(shader: WeightShader, batch: int, *, fast: bool, subgroups: 
         loop = f"for (var column = lane; column < settings.x; column += {_THREADS}u) {{\n{rows}\n  }}"
     count = len(sums)
     if subgroups:
-        gather = "\n  ".join(f"let t{r}_{b} = subgroupAdd(s{r}_{b}); if (sid == 0u) {{ sums[{n * _THREADS}u + lane / size] = t{r}_{b}; }}" for n, (r, b) in enumerate(sums))
-        total = f"""for (var k = 0u; k < ({_THREADS}u + size - 1u) / size; k += 1u) {{ total += sums[lane * {_THREADS}u + k]; }}"""
+        each = _THREADS // _SUBGROUP  # workgroup memory is zeroed first: the less, the better
+        gather = "\n  ".join(f"let t{r}_{b} = subgroupAdd(s{r}_{b}); if (sid == 0u) {{ sums[{n * each}u + lane / size] = t{r}_{b}; }}" for n, (r, b) in enumerate(sums))
+        total = f"""for (var k = 0u; k < ({_THREADS}u + size - 1u) / size; k += 1u) {{ total += sums[lane * {each}u + k]; }}"""
         builtins = _BUILTINS + ", @builtin(subgroup_invocation_id) sid: u32, @builtin(subgroup_size) size: u32"
     else:
+        each = _THREADS
         gather = "\n  ".join(f"sums[{n * _THREADS}u + lane] = s{r}_{b};" for n, (r, b) in enumerate(sums))
         total = f"for (var k = 0u; k < {_THREADS}u; k += 1u) {{ total += sums[lane * {_THREADS}u + k]; }}"
         builtins = _BUILTINS
@@ -247,7 +256,7 @@ def _product_source(shader: WeightShader, batch: int, *, fast: bool, subgroups: 
 @group(0) @binding(1) var<storage, read_write> y: array<f32>;
 @group(0) @binding(2) var<uniform> settings: vec4<u32>;  // width, rows bound, first of them, rows of the tensor
 @group(0) @binding(3) var<uniform> settings2: vec4<u32>;  // first vector
-var<workgroup> sums: array<f32, {count * _THREADS}>;
+var<workgroup> sums: array<f32, {count * each}>;
 @compute @workgroup_size({_THREADS})
 fn main({builtins}) {{
   qc_init(lane);

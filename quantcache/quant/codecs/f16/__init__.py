@@ -65,7 +65,7 @@ class F16(Codec):
         files = {"F16": ("pair_f16", "weights"), "BF16": ("pair_bf16", "weights"), "F32": ("weights_f32",)}.get(dtypes["values"])
         if files is None:
             return None
-        kind = "array<f32>" if dtypes["values"] == "F32" else "array<u32>"
+        kind = "array<vec4<f32>>" if dtypes["values"] == "F32" else "array<vec4<u32>>"
         return WeightShader({"values": kind}, "".join(read(f"codecs/f16/{file}.wgsl") for file in files), any_width=True)
 
     def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:

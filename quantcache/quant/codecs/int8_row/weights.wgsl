@@ -1,4 +1,4 @@
-// LLM.int8(): a signed byte a weight, a float32 a row. qc_codes: array<u32>, qc_scales: array<f32>.
+// LLM.int8(): a signed byte a weight, a float32 a row. qc_codes: array<vec2<u32>>, qc_scales: array<f32>.
 
 fn qc_init(local_index: u32) {}
 
@@ -9,21 +9,24 @@ fn qc_divided(product: vec4<f32>) -> vec4<f32> {
   return fma(fma(-quotient, vec4<f32>(127.0), product), vec4<f32>(inverse), quotient);
 }
 
-fn qc_four(word: u32, scale: f32) -> vec4<f32> {
+fn qc_bytes(word: u32) -> vec4<f32> {
   let w = bitcast<i32>(word);
-  let codes = vec4<f32>(vec4<i32>((w << 24u) >> 24u, (w << 16u) >> 24u, (w << 8u) >> 24u, w >> 24u));
-  return qc_divided(codes * scale);
+  return vec4<f32>(vec4<i32>((w << 24u) >> 24u, (w << 16u) >> 24u, (w << 8u) >> 24u, w >> 24u));
 }
 
-fn qc_unit(row: u32, unit: u32, width: u32) -> array<vec4<f32>, 8> {
-  let at = (row * (width / 32u) + unit) * 8u;
-  let s = qc_scales[row];
-  return array<vec4<f32>, 8>(
-    qc_four(qc_codes[at], s), qc_four(qc_codes[at + 1u], s), qc_four(qc_codes[at + 2u], s), qc_four(qc_codes[at + 3u], s),
-    qc_four(qc_codes[at + 4u], s), qc_four(qc_codes[at + 5u], s), qc_four(qc_codes[at + 6u], s), qc_four(qc_codes[at + 7u], s));
+fn qc_four(word: u32, scale: f32) -> vec4<f32> { return qc_divided(qc_bytes(word) * scale); }
+
+fn qc_unit(row: u32, unit: u32, width: u32) -> array<vec4<f32>, 2> {
+  let codes = qc_codes[row * (width / 8u) + unit];
+  return array<vec4<f32>, 2>(qc_four(codes.x, qc_scales[row]), qc_four(codes.y, qc_scales[row]));
 }
 
 fn qc_weight(row: u32, column: u32, width: u32) -> f32 {
   let at = row * width + column;
-  return qc_four(qc_codes[at >> 2u] >> (8u * (at & 3u)), qc_scales[row]).x;
+  return qc_four(qc_codes[at >> 3u][(at >> 2u) & 1u] >> (8u * (at & 3u)), qc_scales[row]).x;
+}
+
+fn qc_dot(row: u32, unit: u32, width: u32, x: vec4<f32>, y: vec4<f32>) -> f32 {
+  let codes = qc_codes[row * (width / 8u) + unit];
+  return (dot(qc_bytes(codes.x), x) + dot(qc_bytes(codes.y), y)) * qc_divided(vec4<f32>(qc_scales[row])).x;
 }

@@ -1,5 +1,5 @@
-// NF4: 32 weights are 16 bytes, the first of a byte in its high nibble; one float32 absmax for 64 weights.
-// qc_codes: array<vec4<u32>>, qc_absmax: array<f32>. The table lies in workgroup memory: sixteen words in sixteen banks.
+// NF4: eight weights are a word, the first of a byte in its high nibble; one float32 absmax for 64 weights.
+// qc_codes: array<u32>, qc_absmax: array<f32>. The table lies in workgroup memory: sixteen words in sixteen banks.
 
 const QC_TABLE = array<f32, 16>(
   -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -19,15 +19,15 @@ fn qc_low(word: u32) -> vec4<f32> {
   return vec4<f32>(qc_table[(word >> 4u) & 15u], qc_table[word & 15u], qc_table[(word >> 12u) & 15u], qc_table[(word >> 8u) & 15u]);
 }
 
-fn qc_high(word: u32) -> vec4<f32> {
-  return qc_low(word >> 16u);
+fn qc_unit(row: u32, unit: u32, width: u32) -> array<vec4<f32>, 2> {
+  let at = row * (width / 8u) + unit;
+  let codes = qc_codes[at];
+  let scale = qc_absmax[at >> 3u];
+  return array<vec4<f32>, 2>(qc_low(codes) * scale, qc_low(codes >> 16u) * scale);
 }
 
-fn qc_unit(row: u32, unit: u32, width: u32) -> array<vec4<f32>, 8> {
-  let at = row * (width / 32u) + unit;
+fn qc_dot(row: u32, unit: u32, width: u32, x: vec4<f32>, y: vec4<f32>) -> f32 {
+  let at = row * (width / 8u) + unit;
   let codes = qc_codes[at];
-  let scale = qc_absmax[at >> 1u];
-  return array<vec4<f32>, 8>(
-    qc_low(codes.x) * scale, qc_high(codes.x) * scale, qc_low(codes.y) * scale, qc_high(codes.y) * scale,
-    qc_low(codes.z) * scale, qc_high(codes.z) * scale, qc_low(codes.w) * scale, qc_high(codes.w) * scale);
+  return qc_absmax[at >> 3u] * (dot(qc_low(codes), x) + dot(qc_low(codes >> 16u), y));
 }
