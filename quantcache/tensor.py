@@ -186,11 +186,15 @@ class PartSize:
         name: "codes".
         dtype: element type.
         nbytes: its size.
+        position: where it stands in its file, or 0: what stands side by side can be moved as one.
+        chunk: bytes that have a digest of their own, or 0.
     """
 
     name: str
     dtype: str
     nbytes: int
+    position: int = 0
+    chunk: int = 0
 
 
 #: decode(parts, shape, element type, out or None) -> array of that shape

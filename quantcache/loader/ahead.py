@@ -12,6 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from quantcache.loader.mapping import MappedFile, is_cached, populate
 from quantcache.quant.digest import digests
 from quantcache.trace import Profile, span, working_for
 
-__all__ = ["Pool", "Stored", "read_ahead"]
+__all__ = ["Check", "Pool", "Stored", "read_ahead"]
 
 #: Bytes of a piece, in whole chunks of the digest: large enough that a lock a piece does not count.
 _PIECE = 2 << 20
@@ -168,6 +169,41 @@ def _buffer(nbytes: int) -> memoryview:
     return memoryview(buffer)[:nbytes]
 
 
+class Check:
+    """Compare a stored tensor with its digest by the chunk, in any order, for whoever has the bytes in hand.
+
+    Args:
+        stored, key: which tensor.
+        chunk: bytes of a chunk.
+        chunks: how many.
+    """
+
+    __slots__ = ("_found", "_key", "_stored", "chunk")
+
+    def __init__(self, stored: Stored, key: str, chunk: int, chunks: int) -> None:
+        self._stored, self._key, self.chunk = stored, key, chunk
+        self._found: list[bytes] = [b""] * chunks
+
+    def feed(self, start: int, data: Any) -> None:
+        """Digest bytes of the tensor.
+
+        Args:
+            start: of the first, a multiple of the chunk.
+            data: whole chunks, but for the last of the tensor.
+        """
+        with span("verify", len(data), self._key):
+            first = start // self.chunk
+            found = digests(data, self.chunk)
+            self._found[first : first + len(found)] = found
+
+    def passed(self) -> bool:
+        """Return whether all chunks were fed and are what was stored."""
+        fine = all(self._found) and combine(self._found) == self._stored.entry.header.digests[self._key]
+        if fine:
+            self._stored.passed(self._key)
+        return fine
+
+
 class Stored:
     """Bring the tensors of a stored entry, each once.
 
@@ -201,6 +237,11 @@ class Stored:
         start = self._address + self.entry.header.offsets[key]
         return self._check or not is_cached(start, self.entry.header.slots[key].nbytes)
 
+    def is_warm(self, keys: Iterable[str]) -> bool:
+        """Return whether tensors are in the page cache, as far as a few pages tell."""
+        start, header = self._address, self.entry.header
+        return all(is_cached(start + header.offsets[key], header.slots[key].nbytes) for key in keys if header.slots[key].nbytes)
+
     def fault_in(self, keys: Iterable[str]) -> bool:
         """Have the system map tensors that nobody checks, so that touching them cannot fail; return whether it could."""
         start, header = self._address, self.entry.header
@@ -225,6 +266,21 @@ class Stored:
         with self._lock:
             wanted = [self._tensors.get(key) or self._bringing(key) for key in big]
         return not wanted or self._pool.wait(wanted)
+
+    def unchecked(self, key: str) -> Check | None:
+        """Return a check that somebody else may do who is to read all of a tensor anyway; None if there is nothing to check.
+
+        What has to come from disk first is better brought and checked by `intact`: None, too.
+        """
+        slot = self.entry.header.slots[key]
+        if not self._check or key in self._fine or key in self._tensors or not slot.nbytes:
+            return None
+        start = self._address + self.entry.header.offsets[key]
+        return Check(self, key, slot.chunk, slot.chunks) if is_cached(start, slot.nbytes) else None
+
+    def passed(self, key: str) -> None:
+        """Take somebody's word for it."""
+        self._fine.add(key)
 
     def close(self) -> None:
         """Keep no descriptor for what was asked for and did not come."""

@@ -24,7 +24,7 @@ from quantcache import trace
 from quantcache.cache.settings import resolve
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheWarning, UsageError
-from quantcache.loader.ahead import Pool
+from quantcache.loader.ahead import Check, Pool
 from quantcache.loader.changes import key_entry
 from quantcache.loader.changes import resolve as resolve_changes
 from quantcache.loader.digests import known_digest
@@ -34,6 +34,7 @@ from quantcache.loader.plan import Request, layer_key
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.shards import DamagedError, Options, Shard
 from quantcache.loader.source import Source, open_checkpoint
+from quantcache.loader.tiles import Quantizer
 from quantcache.quant.blocks import dequantize
 from quantcache.quant.codec import codec
 from quantcache.tensor import PartSize, QuantTensor, TensorInfo
@@ -146,7 +147,9 @@ class Model(Mapping[str, Tensor]):
 
     def _pipeline(self, builds: list[Build]) -> Pipeline:
         options = self._options
-        made = Pipeline(builds, threads=options.threads, progress=options.progress, profile=options.profile)
+        made = Pipeline(
+            builds, threads=options.threads, progress=options.progress, profile=options.profile, quantizer=options.quantizer
+        )
         self._pipelines.append(made)
         return made
 
@@ -203,25 +206,46 @@ class Model(Mapping[str, Tensor]):
         shard = self._home[name]
         if name in shard.native:
             info = shard.native[name]
-            return [PartSize("blocks" if info.is_block else "values", "U8" if info.is_block else info.dtype, info.nbytes)]
-        if shard.stored is not None:
-            record, slots = shard.records[name], shard.stored.entry.header.slots
-        else:
-            assert shard.build is not None and shard.pipeline is not None
-            task = shard.pipeline.wait_for(shard.build, name)
-            record, slots = task.job.record(), {slot.key: slot for slot in task.job.slots}
-        return [PartSize(part, slots[key].dtype, slots[key].nbytes) for part, key in record["parts"].items()]
+            dtype = "U8" if info.is_block else info.dtype
+            return [PartSize("blocks" if info.is_block else "values", dtype, info.nbytes, info.offset)]
+        record, slots, offsets, _ = shard.described(name)
+        return [
+            PartSize(part, slots[key].dtype, slots[key].nbytes, offsets.get(key, 0), slots[key].chunk)
+            for part, key in record["parts"].items()
+        ]
+
+    def kept(self, name: str) -> Any:
+        """Return what the load's quantizer kept of a tensor, None if it did not quantize it; waits until it is quantized."""
+        shard = self._home[name]
+        if self._options.quantizer is None or self._closed or name in shard.native:
+            return None
+        job = shard.described(name)[3]
+        kept = job.kept if job is not None else None
+        return kept if kept and job is not None and kept.done == job.size else None
 
     def rows(self, name: str) -> int:
-        """Return the length of a tensor's first axis, 1 of a vector; touches nothing."""
+        """Return the length of a tensor's first axis, 1 of a vector; known without touching it, once it is quantized."""
         shard = self._home[name]
-        if name in shard.native:
-            shape = shard.native[name].view_shape
-        elif shard.stored is not None:
-            shape = _view_shape(shard.records[name])
-        else:
-            shape = shard.source.tensors[name].view_shape
+        shape = shard.native[name].view_shape if name in shard.native else _view_shape(shard.described(name)[0])
         return shape[0] if len(shape) > 1 else 1
+
+    def unchecked(self, name: str) -> tuple[Tensor, dict[str, Check]]:
+        """Return a tensor for somebody who reads all of it, and by part the checks that are left to them.
+
+        Before anybody else sees the bytes, every check is to be fed and to have passed; else they are `self[name]`'s.
+        """
+        shard = self._home[name]
+        if name not in self._given and name not in shard.native:
+            with shard.lock:
+                found = shard.unchecked(name)
+            if found is not None:
+                return _tensor(found[0], found[1]), found[2]
+        return self[name], {}
+
+    def is_warm(self, name: str) -> bool:
+        """Return whether nothing of a tensor has to come from disk, as far as a few pages tell."""
+        stored, records = self._home[name].stored, self._home[name].records
+        return stored is None or name not in records or stored.is_warm(records[name]["parts"].values())
 
     def in_memory(self, name: str) -> Tensor:
         """Return a tensor whose bytes are in memory: touching them later does not fail for want of a disk."""
@@ -231,6 +255,7 @@ class Model(Mapping[str, Tensor]):
             shard.source.file.populate(info.offset, info.nbytes)
         with shard.lock:
             if shard.stored is not None and name in shard.records and not shard.readable(name):
+                self._given.pop(name, None)
                 self._rebuild(shard, f"tensor {name!r} cannot be read", store=True)
         return self[name]
 
@@ -279,13 +304,8 @@ class Model(Mapping[str, Tensor]):
                 reason = shard.request.decide(info).reason
                 reports.append(TensorReport(name, "native", info.dtype, info.view_shape, info.nbytes, info.nbytes, reason))
                 continue
-            if shard.entry is not None:
-                record = shard.records[name]
-                nbytes = sum(shard.entry.header.slots[key].nbytes for key in record["parts"].values())
-            else:
-                assert shard.build is not None and shard.pipeline is not None
-                task = shard.pipeline.wait_for(shard.build, name)
-                record, nbytes = task.job.record(), sum(slot.nbytes for slot in task.job.slots)
+            record, slots, _, _ = shard.described(name)
+            nbytes = sum(slots[key].nbytes for key in record["parts"].values())
             source_nbytes = shard.source.tensors[name].nbytes if name in shard.source.tensors else 0
             shape = _view_shape(record)
             reports.append(
@@ -347,6 +367,10 @@ class Model(Mapping[str, Tensor]):
 
     def _end(self) -> None:
         self._options.pool.close()
+        if self._options.quantizer is not None:
+            self._options.quantizer.close()
+            for task in (task for shard in self._shards if shard.build for task in shard.build.tasks.values()):
+                task.job.kept = None
         for shard in self._shards:
             if shard.stored is not None:
                 shard.stored.close()
@@ -400,6 +424,7 @@ def load(
     verify: str | None = None,
     threads: int | None = None,
     progress: Callable[[Progress], Any] | None = None,
+    device: Any = None,
 ) -> Model:
     """Load a checkpoint, quantized: from the store if it is there, else quantized now and stored.
 
@@ -418,6 +443,8 @@ def load(
         verify: digests are checked when a tensor is first "touch"ed, all on "open", or never: "off".
         threads: 0 is one per core; the setting if None.
         progress: called with Progress from a worker; returning False cancels.
+        device: a wgpu.GPUDevice or a qc.gpu.Device: on a miss it quantizes what it can, to the same bytes, and `upload` to it
+            then moves nothing twice. It needs room for the whole result.
 
     Returns:
         A Model, as soon as the plan is made.
@@ -426,6 +453,7 @@ def load(
         SourceError: the checkpoint is missing or cannot be read.
         UsageError: an argument cannot be meant.
     """
+    quantizer = _quantizer(device)
     settings = {
         name: setting.value for name, setting in resolve({"mode": mode, "verify": verify, "threads": threads}).items()
     }
@@ -446,7 +474,7 @@ def load(
         ]
         request = Request(recipe, changes, tuple(entries), tuple((str(a.source.path.resolve()), a.alpha) for a in adapters), str(Path(path).resolve()))
         pool = Pool(settings["threads"] or default_threads(), profile)
-        options = Options(request, settings["mode"], settings["verify"], settings["threads"], progress, profile, pool)
+        options = Options(request, settings["mode"], settings["verify"], settings["threads"], progress, profile, pool, quantizer)
         shards = []
         try:
             for source in sources:
@@ -465,6 +493,16 @@ def load(
         if shard.entry is not None and store is not None:
             store.used(shard.entry, saved_s=float(shard.entry.header.built.get("seconds", 0.0)))
     return model
+
+
+def _quantizer(device: Any) -> Quantizer | None:
+    """Return what quantizes on a device; None if there is no device."""
+    if device is None:
+        return None
+    from quantcache.loader.gpu.device import Device
+    from quantcache.loader.gpu.encode import GpuQuantizer
+
+    return GpuQuantizer(Device.of(device))
 
 
 def _open_cache(cache: Cache | str | os.PathLike[str] | None, mode: str) -> tuple[Cache | None, bool]:

@@ -6,7 +6,7 @@ A stored tensor whose digest is wrong turns its shard from the first into the se
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,11 +18,12 @@ from quantcache.cache.container import Slot
 from quantcache.cache.key import Stamp, canonical, digest, fingerprint
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, StoreReadOnlyError
-from quantcache.loader.ahead import Pool, Stored, read_ahead
+from quantcache.loader.ahead import Check, Pool, Stored, read_ahead
 from quantcache.loader.digests import known_digest
 from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads
-from quantcache.loader.plan import Request, native_names, plan
+from quantcache.loader.plan import Job, Request, native_names, plan
 from quantcache.loader.source import Source
+from quantcache.loader.tiles import Quantizer
 from quantcache.tensor import array_dtype
 from quantcache.trace import Profile
 
@@ -39,6 +40,7 @@ class Options:
         request, mode, verify, threads, progress: see there.
         profile: adds up where the time goes.
         pool: reads ahead.
+        quantizer: quantizes what it takes, instead of the CPU.
     """
 
     request: Request
@@ -48,6 +50,7 @@ class Options:
     progress: Callable[[Progress], Any] | None
     profile: Profile
     pool: Pool
+    quantizer: Quantizer | None = None
 
 
 class Shard:
@@ -105,6 +108,19 @@ class Shard:
             raise DamagedError(f"tensor {name!r} is not what was stored")
         return record, {key: _array(stored.entry.header.slots[key], stored.entry) for key in keys}
 
+    def unchecked(self, name: str) -> tuple[dict[str, Any], dict[str, Array], dict[str, Check]] | None:
+        """Return the same without a check, and by part the checks that are left to do; None if there is nothing to gain by it."""
+        if self.stored is None or name not in self.records:
+            return None
+        record, stored = self.records[name], self.stored
+        if record.get("transposed"):  # what is handed out is not what is digested
+            return None
+        checks = {part: check for part, key in record["parts"].items() if (check := stored.unchecked(key)) is not None}
+        wanting = [key for part, key in record["parts"].items() if part not in checks]
+        if not checks or not stored.intact(wanting):
+            return None
+        return record, {key: _array(stored.entry.header.slots[key], stored.entry) for key in record["parts"].values()}, checks
+
     def readable(self, name: str) -> bool:
         """Bring a stored tensor into memory, if nothing else did so; return whether that could be done."""
         assert self.stored is not None
@@ -119,6 +135,21 @@ class Shard:
         assert self.build is not None and self.pipeline is not None
         task = self.pipeline.wait_for(self.build, name)
         return task.job.record(), {slot.key: _array(slot, task.target) for slot in task.job.slots}
+
+    def described(self, name: str) -> tuple[dict[str, Any], Mapping[str, Slot], Mapping[str, int], Job | None]:
+        """Return a tensor's record, its slots by key, where they stand, and its job if it is built now; waits until it is quantized.
+
+        Raises:
+            SourceError, Cancelled: it cannot be.
+        """
+        with self.lock:  # a damaged entry is just being replaced, perhaps
+            stored, records, build, pipeline = self.stored, self.records, self.build, self.pipeline
+        if stored is not None:
+            return records[name], stored.entry.header.slots, stored.entry.header.offsets, None
+        assert build is not None
+        assert pipeline is not None
+        task = pipeline.wait_for(build, name)
+        return task.job.record(), {slot.key: slot for slot in task.job.slots}, task.target.offsets, task.job
 
     def quarantine(self, cache: Cache, why: str) -> bool:
         """Move the entry that serves it out of the way; return whether that could be done, or somebody else did it."""

@@ -1,4 +1,4 @@
-"""Own what the tests of the loader share: a writer of GGUF files that follows ggml's docs/gguf.md and nothing else."""
+"""Own what the tests of the loader share: a writer of GGUF files that follows ggml's docs/gguf.md and nothing else, and GPUs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+
+import quantcache as qc
+from quantcache.loader import gpu
 
 UINT32, STRING, ARRAY = 4, 8, 9
 _SCALAR = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -110,3 +113,34 @@ def in_child() -> Callable[[Callable[[], None]], None]:
         assert ended == (child, 0)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def opened() -> Any:
+    """Return a GPU; a software one will do."""
+    try:
+        return gpu.open_device()
+    except qc.DeviceUnavailable as error:
+        pytest.skip(f"no GPU here: {error}")
+
+
+@pytest.fixture(params=["staged", "as it is"])
+def device(opened: Any, request: pytest.FixtureRequest) -> Any:
+    """Return it, once as a card of its own, which is written by way of staging, once as it is: a software one is mapped."""
+    if request.param == "staged":
+        staged = gpu.Device(opened.raw)
+        staged.unified = False
+        return staged
+    return opened
+
+
+@pytest.fixture
+def small(device: Any) -> Callable[..., Any]:
+    """Return a function that gives the same GPU smaller limits."""
+
+    def with_limits(**limits: Any) -> Any:
+        found = gpu.Device(device.raw, **limits)
+        found.unified = device.unified
+        return found
+
+    return with_limits

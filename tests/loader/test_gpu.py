@@ -21,38 +21,6 @@ from quantcache.tensor import BLOCKS
 
 gpu = pytest.importorskip("quantcache.loader.gpu")
 
-
-@pytest.fixture(scope="session")
-def opened() -> Any:
-    """Return a GPU; a software one will do."""
-    try:
-        return gpu.open_device()
-    except qc.DeviceUnavailable as error:
-        pytest.skip(f"no GPU here: {error}")
-
-
-@pytest.fixture(params=["staged", "as it is"])
-def device(opened: Any, request: pytest.FixtureRequest) -> Any:
-    """Return it, once as a card of its own, which is written by way of staging, once as it is: a software one is mapped."""
-    if request.param == "staged":
-        staged = gpu.Device(opened.raw)
-        staged.unified = False
-        return staged
-    return opened
-
-
-@pytest.fixture
-def small(device: Any) -> Callable[..., Any]:
-    """Return a function that gives the same GPU smaller limits."""
-
-    def with_limits(**limits: Any) -> Any:
-        found = gpu.Device(device.raw, **limits)
-        found.unified = device.unified
-        return found
-
-    return with_limits
-
-
 LAYERS = 3
 
 
@@ -181,6 +149,85 @@ def test_a_damaged_tensor_never_gets_there(device: Any, path: Path, tmp_path: Pa
     entry.write_bytes(raw)
     with pytest.warns(qc.QuantcacheWarning, match="damaged"), qc.load(path, "int8", cache=tmp_path / "c") as model, model.upload(device) as found:
         assert {name: there(found[name]) for name in found} == right
+
+
+@pytest.mark.parametrize("how", [{}, {"lazy": True}, {"order": "size"}])
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_flipped_byte_anywhere(device: Any, tmp_path: Path, quant: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever byte of the entry is wrong, in small parts and in those that go in several steps: it is found before anybody computes with it."""
+    from quantcache.loader.gpu import upload
+
+    monkeypatch.setattr(upload, "_STEP", 1 << 20)
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    path = tmp_path / "m.safetensors"
+    save_file({f"blocks.{n}.w.weight": rng.standard_normal((3000, 1024)).astype(np.float16) for n in range(2)}, path)
+    os.utime(path, (1e9, 1e9))
+    with qc.load(path, quant, cache=tmp_path / "c") as model:
+        right = {name: stored(model[name]) for name in model}
+    (entry,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
+    whole = entry.read_bytes()
+    first = 8 + int.from_bytes(whole[:8], "little")
+    for position in (first, len(whole) - 1, *rng.integers(first, len(whole), 6)):
+        raw = bytearray(entry.read_bytes())
+        raw[position] ^= 1
+        entry.write_bytes(raw)
+        with pytest.warns(qc.QuantcacheWarning, match="damaged"), qc.load(path, quant, cache=tmp_path / "c") as model, model.upload(device, **how) as found:
+            assert {name: there(found[name]) for name in found} == right
+            assert not model.hit
+    with qc.load(path, quant, cache=tmp_path / "c") as model, model.upload(device, **how) as found:
+        assert model.hit
+        assert {name: there(found[name]) for name in found} == right
+
+
+def test_a_matrix_that_is_turned(device: Any, tmp_path: Path, write_gguf: Callable[..., Path]) -> None:
+    """A matrix that its file has the other way round arrives as callers see it, from a sound entry that stays."""
+    values = np.random.default_rng().standard_normal((64, 128)).astype(np.float32)
+    metadata = {"general.architecture": "rwkv7", "rwkv7.wkv.head_size": 64}
+    path = write_gguf(tmp_path / "m.gguf", {"blk.0.time_mix_w1.weight": values}, metadata)
+    for hit in (False, True):
+        with qc.load(path, "nf4", cache=tmp_path / "c") as model, model.upload(device) as found:
+            ((name, tensor),) = found.items()
+            assert there(tensor) == stored(model[name])
+            assert model.hit == hit
+            assert np.array_equal(np.frombuffer(there(tensor)["values"], np.float16).reshape(tensor.shape), values.T.astype(np.float16))
+
+
+@pytest.mark.parametrize("how", [{}, {"lazy": True}])
+def test_steps_of_odd_rows(device: Any, tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts whose chunks are no whole words are cut where both end."""
+    from quantcache.loader.gpu import upload
+
+    monkeypatch.setattr(upload, "_STEP", 1 << 20)
+    path = tmp_path / "m.safetensors"
+    save_file({"w.weight": np.random.default_rng().standard_normal((60_001, 135)).astype(np.float16)}, path)
+    for _ in range(2):
+        with qc.load(path, "int8-row", cache=tmp_path / "c") as model, model.upload(device, **how) as found:
+            assert there(found["w.weight"]) == stored(model["w.weight"])
+
+
+def test_a_bad_sector_under_half_of_a_tensor(device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of which one step cannot be read is moved as a whole again: the steps before it may have been wrong, too."""
+    from quantcache.loader.gpu import upload
+
+    monkeypatch.setattr(upload, "_STEP", 1 << 20)
+    path = tmp_path / "m.safetensors"
+    save_file({"w.weight": np.random.default_rng().standard_normal((3000, 1024)).astype(np.float16)}, path)
+    with qc.load(path, "int8", cache=tmp_path / "c") as model:
+        right = stored(model["w.weight"])
+    (entry,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
+    raw = bytearray(entry.read_bytes())
+    raw[8 + int.from_bytes(raw[:8], "little")] ^= 1  # in the first step
+    entry.write_bytes(raw)
+    calls: list[int] = []
+    real = upload.populate
+
+    def populate(address: int, nbytes: int) -> int:
+        calls.append(1)
+        return 5 if len(calls) == 2 else real(address, nbytes)
+
+    monkeypatch.setattr(upload, "populate", populate)
+    with pytest.warns(qc.QuantcacheWarning, match="damaged"), qc.load(path, "int8", cache=tmp_path / "c") as model, model.upload(device, threads=1) as found:
+        assert there(found["w.weight"]) == right
 
 
 def test_budget(device: Any, path: Path, tmp_path: Path) -> None:
@@ -352,8 +399,182 @@ with qc.load(sys.argv[1], "nf4", mode="off") as model:
         print("unavailable:", error.hint)
     print(len(model["blocks.0.a.weight"].parts))
 """
-    nowhere = {"VK_DRIVER_FILES": "/nowhere", "VK_ICD_FILENAMES": "/nowhere", "QUANTCACHE_GPU": "no such GPU"}
+    nowhere = {"VK_DRIVER_FILES": "/nowhere", "VK_ICD_FILENAMES": "/nowhere"}
     said = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120, env={**os.environ, **nowhere})
     assert said.returncode == 0, said.stderr[-2000:]
     assert said.stdout.startswith("unavailable: install a Vulkan driver")
     assert said.stdout.splitlines()[-1] == "4"
+
+
+def test_a_second_device(device: Any, path: Path, tmp_path: Path) -> None:
+    """A model is on two devices at once, each with buffers of its own; what one quantized is no use to the other; mixing is refused."""
+    other = gpu.open_device()
+    with qc.load(path, "nf4", cache=tmp_path / "c", device=device) as model, model.upload(device) as here, model.upload(other) as there_too:
+        for name in model:
+            assert there(here[name]) == there(there_too[name]) == stored(model[name])
+        tensor, foreign = here["blocks.0.b.weight"], there_too["blocks.0.b.weight"]
+        x = np.ones(256, np.float32)
+        assert np.array_equal(gpu.matvec(tensor, x), gpu.matvec(foreign, x))
+        vectors, products = device.buffer(1024, "x"), device.buffer(2048, "y")
+        encoder = device.encoder()
+        with pytest.raises(qc.DeviceError), device.compute_pass(encoder) as within:
+            gpu.record_matvec(within, foreign, (vectors, 0, 1024), (products, 0, 1536))
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_closing_in_the_middle(device: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, lazy: bool) -> None:
+    """What is on its way when a model is closed ends, gives its memory back, and says that it was closed; nobody waits for ever."""
+    from quantcache.loader.gpu import upload
+
+    qc.load(path, "nf4", cache=tmp_path / "c").close()
+    gc.collect()
+    before, began, go_on = device.held, threading.Event(), threading.Event()
+    real = upload.GpuModel._put
+
+    def put(self: Any, *given: Any) -> None:
+        began.set()
+        assert go_on.wait(60)
+        real(self, *given)
+
+    monkeypatch.setattr(upload.GpuModel, "_put", put)
+    monkeypatch.setattr(upload, "_STEP", 4096)
+    said: list[BaseException] = []
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model:
+        found = upload.GpuModel(model, device, lazy=lazy, budget=None, order="layers", threads=2)
+
+        def ask() -> None:
+            try:
+                found["blocks.0.a.weight"] if lazy else found._load_all()
+            except qc.QuantcacheError as error:
+                said.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert began.wait(60)
+        found.close()
+        go_on.set()
+        asking.join(60)
+        assert not asking.is_alive()
+        assert [type(error) for error in said] == [qc.DeviceError]
+        assert "closed" in str(said[0])
+    said.clear()
+    found = None
+    gc.collect()
+    assert device.held == before
+
+
+def test_a_budget_with_many_threads(device: Any, path: Path, tmp_path: Path) -> None:
+    """Threads that want different layers at once wait for each other's: what is held never passes the budget."""
+    qc.load(path, "nf4", cache=tmp_path / "c").close()
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model:
+        with model.upload(device, lazy=True) as whole:
+            sizes = [next(iter(layer.values())).home.nbytes for layer in whole.layers()]
+        with model.upload(device, lazy=True, budget=2 * max(sizes)) as found:
+            wrong: list[Any] = []
+
+            def ask(seed: int) -> None:
+                for name in np.random.default_rng(seed).permutation(list(found))[:12]:
+                    if there(found[name]) != stored(model[name]) or found.nbytes > 2 * max(sizes):
+                        wrong.append(name)
+
+            threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(120)
+            assert not any(thread.is_alive() for thread in threads)
+            assert not wrong
+
+
+def test_a_layer_that_could_not_be_fetched_ahead(device: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed behind the caller's back is tried again when it is asked for, and is not told of twice."""
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model, model.upload(device, lazy=True) as found:
+        tried, real = threading.Event(), found._begin
+
+        def begin(group: Any) -> Any:
+            if group.number == 1 and not tried.is_set():
+                tried.set()
+                raise qc.DeviceOutOfMemory("no memory", asked=1, held=1)
+            return real(group)
+
+        monkeypatch.setattr(found, "_begin", begin)
+        assert found["emb.weight"].nbytes
+        assert tried.wait(60)
+        assert there(found["blocks.0.a.weight"]) == stored(model["blocks.0.a.weight"])
+
+
+def test_tensors_without_weights(device: Any, tmp_path: Path) -> None:
+    """Products and weights of nothing are nothing, or zeros; wgpu never sees a binding of no bytes, for which it ends the process."""
+    shapes = {"no_rows": (0, 8), "no_columns": (8, 0)}
+    save_file({name: np.empty(shape, np.float16) for name, shape in shapes.items()}, tmp_path / "m.safetensors")
+    with qc.load(tmp_path / "m.safetensors", "f16", mode="off") as model, model.upload(device) as found:
+        for name, (rows, columns) in shapes.items():
+            assert gpu.dequantize(found[name]).shape == (rows, columns)
+            for x in (np.ones(columns, np.float32), np.ones((3, columns), np.float32)):
+                assert np.array_equal(gpu.matvec(found[name], x), np.zeros((*x.shape[:-1], rows), np.float32))
+            buffer = device.buffer(256, "anything")
+            with pytest.raises(qc.UsageError, match="no matrix with weights"), device.compute_pass(device.encoder()) as within:
+                gpu.record_matvec(within, found[name], (buffer, 0, 256), (buffer, 0, 256))
+    pipeline = device.pipeline("@group(0) @binding(0) var<storage, read_write> out: array<u32>; @compute @workgroup_size(1) fn main() { out[0] = 1u; }")
+    with pytest.raises(qc.DeviceError, match="binds no"), device.compute_pass(device.encoder()) as within:
+        device.dispatch(within, pipeline, [(buffer, 0, 0)], 1)
+
+
+def test_limits_hold(small: Callable[..., Any]) -> None:
+    """A device that was given smaller limits keeps them; what is read back may be larger than what is kept for it."""
+    device = small(max_buffer=1 << 20)
+    for make in (device.buffer, device.mapped_buffer):
+        with pytest.raises(qc.DeviceError, match="makes no buffer"):
+            make((1 << 20) + 4, "something")
+    large = small().buffer((20 << 20) + 4, "something")
+    assert device.read((large, 0, large.size)).size == large.size
+
+
+def test_what_left_is_closed_too(device: Any, path: Path, tmp_path: Path) -> None:
+    """A tensor of a layer that left the budget is valid until the model is closed."""
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model:
+        with model.upload(device, lazy=True) as whole:
+            size = max(next(iter(layer.values())).home.nbytes for layer in whole.layers())
+        with model.upload(device, lazy=True, budget=size) as found:
+            held = found["emb.weight"]
+            assert there(found["blocks.2.a.weight"]) == stored(model["blocks.2.a.weight"])
+            assert there(held) == stored(model["emb.weight"])
+        with pytest.raises(qc.DeviceError, match="closed"):
+            _ = held.parts
+
+
+def test_many_threads_and_a_damaged_entry(device: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread has an entry built again, the others wait for what they ask; all get the right bytes."""
+    from quantcache.loader import shards
+
+    with qc.load(path, "int8", cache=tmp_path / "c") as model:
+        right = {name: stored(model[name]) for name in model}
+    (entry,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
+    raw = bytearray(entry.read_bytes())
+    raw[-5000] ^= 1
+    entry.write_bytes(raw)
+    real = shards.Shard.start
+
+    def start(self: Any, *given: Any) -> None:
+        real(self, *given)
+        if self.build is not None:
+            threading.Event().wait(0.3)
+
+    monkeypatch.setattr(shards.Shard, "start", start)
+    with pytest.warns(qc.QuantcacheWarning, match="damaged"), qc.load(path, "int8", cache=tmp_path / "c") as model, model.upload(device, lazy=True) as found:
+        wrong: list[Any] = []
+
+        def ask(seed: int) -> None:
+            try:
+                for name in np.random.default_rng(seed).permutation(list(found)):
+                    if there(found[name]) != right[name]:
+                        wrong.append(name)
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert not wrong

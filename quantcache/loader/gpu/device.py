@@ -1,8 +1,8 @@
 """Own a GPU: the only importer of wgpu. Opening, buffers, bounded writes, fences, pipelines, and what can go wrong.
 
 wgpu ends the process where it meets a mistake while work is submitted: a device that is lost, a buffer that is mapped or
-destroyed, a command buffer used twice. So nothing is submitted but from here, each time after a write that raises if the
-device is lost, and no buffer is ever destroyed: dropping it is safe. Facts: docs/decisions/0012-gpu.md.
+destroyed, a command buffer used twice. So nothing is submitted but from here, each time right after a write that raises if the
+device is lost by then, and no buffer is ever destroyed: dropping it is safe. Facts: docs/decisions/0012-gpu.md.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ ALIGNMENT = 256
 #: Bytes of one write, and of what a fence covers: a quarter of the staging memory.
 _WRITE = 8 << 20
 _FENCED = 16 << 20
+#: Bytes that are read back at a time.
+_READ = 256 << 20
 #: The largest buffer for reading back that is kept for the next time.
 _KEPT = 16 << 20
 #: (buffer, first byte, bytes)
@@ -56,7 +58,8 @@ def open_device(name: str | None = None) -> Device:
     name = name if name is not None else os.environ.get("QUANTCACHE_GPU")
     hint = "install a Vulkan driver (mesa-vulkan-drivers for a software one); quantcache doctor looks for it"
     try:
-        found = wgpu.gpu.enumerate_adapters_sync()
+        # through OpenGL a second device, or another thread, can end the process
+        found = [one for one in wgpu.gpu.enumerate_adapters_sync() if one.info["backend_type"] != "OpenGL"]
         if name:
             found = [one for one in found if name.lower() in f"{one.info['device']} {one.info['description']}".lower()]
         if not found:
@@ -83,7 +86,6 @@ class Device:
 
     Attributes:
         raw: the wgpu.GPUDevice.
-        held: bytes of the buffers that were made here and are still referenced.
     """
 
     def __init__(self, device: Any, *, staging: int = 64 << 20, max_buffer: int | None = None, max_binding: int | None = None) -> None:
@@ -106,8 +108,8 @@ class Device:
         self._map_write, self._map_read, self._copy_to, self._uniform = usage.MAP_WRITE, usage.MAP_READ, usage.COPY_DST, usage.UNIFORM
         self._read_mode = wgpu.MapMode.READ
         self._error: type[Exception] = wgpu.GPUError
-        self.held = 0
-        self._lock = threading.Lock()
+        self._held, self._changes = 0, deque[int]()
+        self._lock, self._submitting = threading.Lock(), threading.Lock()
         self._pipelines: dict[str, Any] = {}
         self._uniforms: dict[bytes, Any] = {}
         self._spare: dict[int, list[Any]] = {}
@@ -139,6 +141,8 @@ class Device:
         """Turn wgpu's errors into ours."""
         try:
             yield
+        except (RuntimeError, AttributeError) as error:  # what wgpu's own Python says where a device is lost under it
+            raise DeviceError(f"{self.name} failed at {what}: {error}") from error
         except self._error as error:
             text = str(error)
             if "memory" in text.lower():
@@ -154,6 +158,10 @@ class Device:
 
     # ---- buffers ----
 
+    def _allowed(self, nbytes: int, what: str) -> None:
+        if nbytes > self.max_buffer:
+            raise DeviceError(f"{self.name} makes no buffer of {nbytes:,} bytes for {what}: {self.max_buffer:,} at most")
+
     def buffer(self, nbytes: int, what: str) -> Any:
         """Return a new storage buffer that can be copied from and to.
 
@@ -163,8 +171,9 @@ class Device:
 
         Raises:
             DeviceOutOfMemory: there is no room.
-            DeviceError: the device was lost.
+            DeviceError: the device was lost, or makes none so large.
         """
+        self._allowed(nbytes, what)
         with self._guard(what, nbytes):
             made = self.raw.create_buffer(label=f"quantcache {what}"[:120], size=nbytes, usage=self._storage)
         self._count(made, nbytes)
@@ -172,6 +181,7 @@ class Device:
 
     def mapped_buffer(self, nbytes: int, what: str) -> Any:
         """Return the same, mapped: it is written with write_mapped() and usable after unmap(). Only if `unified`."""
+        self._allowed(nbytes, what)
         with self._guard(what, nbytes):
             made = self.raw.create_buffer(
                 label=f"quantcache {what}"[:120], size=nbytes, usage=self._storage | self._map_write, mapped_at_creation=True
@@ -180,12 +190,16 @@ class Device:
         return made
 
     def _count(self, made: Any, nbytes: int) -> None:
-        with self._lock:
-            self.held += nbytes
-        weakref.finalize(made, self._uncount, nbytes)
+        self._changes.append(nbytes)
+        weakref.finalize(made, self._changes.append, -nbytes)  # which may run anywhere, even under the lock
 
-    def _uncount(self, nbytes: int) -> None:
-        self.held -= nbytes
+    @property
+    def held(self) -> int:
+        """Bytes of the buffers that were made here and are still referenced."""
+        with self._lock:
+            while self._changes:
+                self._held += self._changes.popleft()
+            return self._held
 
     def write(self, buffer: Any, offset: int, data: Any) -> None:
         """Write bytes, by way of a bounded amount of staging memory; return before they are there.
@@ -211,8 +225,7 @@ class Device:
         self._staging.reserve(nbytes)
         try:
             with self._guard("a write", nbytes):
-                self.raw.queue.write_buffer(buffer, offset, data, start, nbytes)
-                self.raw.queue.submit([])
+                self.raw.queue.write_buffer(buffer, offset, data, start, nbytes)  # submitted by the next fence, or by anybody
         finally:
             self._staging.written(nbytes)
 
@@ -236,24 +249,47 @@ class Device:
         """
         buffer, offset, nbytes = source
         out = np.empty(nbytes, np.uint8)
-        padded = -(-nbytes // 4) * 4
+        for start in range(0, max(1, nbytes), _READ):
+            piece = out[start : start + _READ]
+            self.read_into([((buffer, offset + start, piece.size), piece)], before=before if not start else None)
+        return out
+
+    def read_into(self, wanted: Sequence[tuple[Binding, Any]], *, before: Any | None = None) -> None:
+        """Read several pieces of buffers, in one submission.
+
+        Args:
+            wanted: what, and uint8 arrays of as many bytes; written.
+            before: a command encoder whose work comes first.
+
+        Raises:
+            DeviceError: the device was lost.
+        """
         encoder = before if before is not None else self.encoder()
-        if not nbytes:
+        padded = [-(-source[2] // 4) * 4 for source, _ in wanted]
+        whole = sum(padded)
+        if not whole:
             if before is not None:
                 self.submit(encoder)
-            return out
-        landing = self._landing(padded)
-        with self._guard("reading back", nbytes):
-            encoder.copy_buffer_to_buffer(buffer, offset, landing, 0, padded)
+            return
+        landing = self._landing(whole)
+        with self._guard("reading back", whole):
+            position = 0
+            for ((buffer, offset, _), _), nbytes in zip(wanted, padded, strict=True):
+                if nbytes:
+                    encoder.copy_buffer_to_buffer(buffer, offset, landing, position, nbytes)
+                position += nbytes
         self.submit(encoder)
-        with self._guard("reading back", nbytes):
-            landing.map_async(self._read_mode, 0, padded).sync_wait()
+        with self._guard("reading back", whole):
+            landing.map_async(self._read_mode, 0, whole).sync_wait()
             try:
-                out[...] = np.frombuffer(landing.read_mapped(0, padded, copy=False), np.uint8)[:nbytes]
+                mapped = np.frombuffer(landing.read_mapped(0, whole, copy=False), np.uint8)
+                position = 0
+                for ((_, _, nbytes), out), room in zip(wanted, padded, strict=True):
+                    out[...] = mapped[position : position + nbytes]
+                    position += room
             finally:
                 landing.unmap()
         self._keep(landing)
-        return out
 
     def _keep(self, landing: Any) -> None:
         if landing.size <= _KEPT:
@@ -262,7 +298,7 @@ class Device:
 
     def _landing(self, nbytes: int) -> Any:
         """Return a buffer to read back through; they are kept, since new ones are slow to map."""
-        size = 1 << max(12, (nbytes - 1).bit_length())
+        size = 1 << max(12, (nbytes - 1).bit_length()) if nbytes <= _KEPT else nbytes
         with self._lock:
             kept = self._spare.get(size)
             if kept:
@@ -277,6 +313,11 @@ class Device:
         with self._guard("recording"):
             return self.raw.create_command_encoder()
 
+    def clear(self, encoder: Any, buffer: Any) -> None:
+        """Record that a buffer becomes zeros."""
+        with self._guard("recording"):
+            encoder.clear_buffer(buffer)
+
     def submit(self, encoder: Any) -> None:
         """Submit what an encoder recorded.
 
@@ -285,8 +326,9 @@ class Device:
         """
         with self._guard("a submission"):
             commands = encoder.finish()
-            self.raw.queue.write_buffer(self._mark, 0, b"mark")  # raises if the device is lost, where submit() would abort
-            self.raw.queue.submit([commands])
+            with self._submitting:  # nobody comes between the two
+                self.raw.queue.write_buffer(self._mark, 0, b"mark")  # raises if the device is lost already; submit() would abort
+                self.raw.queue.submit([commands])
 
     def fence(self) -> Callable[[], None]:
         """Return a function that waits until all that was submitted so far is done."""
@@ -346,9 +388,15 @@ class Device:
             groups: workgroups in all; spread over two dimensions where one does not take them. The shader numbers them
                 wid.y * num_workgroups.x + wid.x, and has to leave out those beyond the last.
         """
+        for _, _, size in bindings:
+            if not 0 < size <= self.max_binding:
+                raise DeviceError(f"{self.name} binds no {size:,} bytes: {self.max_binding:,} at most")
         most = self.raw.limits["max-compute-workgroups-per-dimension"]
         rows = -(-groups // most)
-        entries = [{"binding": n, "resource": {"buffer": b, "offset": o, "size": -(-s // 4) * 4}} for n, (b, o, s) in enumerate(bindings)]
+        # whole vec4: parts are padded to more than that
+        entries = [
+            {"binding": n, "resource": {"buffer": b, "offset": o, "size": min(-(-s // 16) * 16, b.size - o)}} for n, (b, o, s) in enumerate(bindings)
+        ]
         with self._guard("binding"):
             group = self.raw.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=entries)
             within.set_pipeline(pipeline)
@@ -377,6 +425,7 @@ class _Staging:
         self._changed = threading.Condition()
         self._flying = 0  # reserved, written or not
         self._loose = 0  # written, and behind no fence
+        self._busy = 0  # threads that make a fence, or wait for one
         self._fences: deque[tuple[int, Callable[[], None]]] = deque()
 
     def reserve(self, nbytes: int) -> None:
@@ -386,48 +435,65 @@ class _Staging:
                 if self._flying + nbytes <= self._limit or self._flying == 0:
                     self._flying += nbytes
                     return
-                if not self._fences and self._loose:
-                    self._place()
-                if not self._fences:  # others are writing, or waiting for a fence
+                if not self._fences and not self._loose:  # others are writing, or busy with a fence
                     self._changed.wait(0.1)
                     continue
-                fence = self._fences.popleft()
-            self._pass(fence)
+            self._pass()
 
     def written(self, nbytes: int) -> None:
-        """Count bytes as written and submitted."""
+        """Count bytes as written."""
         with self._changed:
             self._loose += nbytes
-            if self._loose >= self._fenced:
-                self._place()
+        self._place(self._fenced)
 
     def settle(self) -> None:
-        """Wait for everything."""
+        """Wait for everything that was written."""
         while True:
             with self._changed:
-                if self._loose:
-                    self._place()
-                if not self._fences:
+                while self._busy and not self._fences and not self._loose:
+                    self._changed.wait(0.1)
+                if not self._fences and not self._loose:
                     return
-                fence = self._fences.popleft()
-            self._pass(fence)
+            self._pass()
 
-    def _place(self) -> None:
-        device, loose = self._device(), self._loose
-        assert device is not None
-        self._loose = 0
+    def _place(self, least: int) -> None:
+        """Put a fence behind what is loose, if that is so much: outside the lock, since it takes a while."""
+        with self._changed:
+            if not self._loose or self._loose < least:
+                return
+            covered, self._loose = self._loose, 0
+            self._busy += 1
+        fence = None
         try:
-            self._fences.append((loose, device.fence()))
-        except BaseException:
-            self._flying -= loose
-            raise
-
-    def _pass(self, fence: tuple[int, Callable[[], None]]) -> None:
-        try:
-            fence[1]()
+            device = self._device()
+            assert device is not None
+            fence = device.fence()
         finally:
             with self._changed:
-                self._flying -= fence[0]
+                self._busy -= 1
+                if fence is None:
+                    self._flying -= covered
+                else:
+                    self._fences.append((covered, fence))
+                self._changed.notify_all()
+
+    def _pass(self) -> None:
+        """Wait for the oldest fence, which is made if there is none."""
+        with self._changed:
+            there = bool(self._fences)
+        if not there:
+            self._place(0)
+        with self._changed:
+            if not self._fences:
+                return
+            covered, fence = self._fences.popleft()
+            self._busy += 1
+        try:
+            fence()
+        finally:
+            with self._changed:
+                self._busy -= 1
+                self._flying -= covered
                 self._changed.notify_all()
 
 

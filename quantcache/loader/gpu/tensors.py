@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -16,10 +16,11 @@ from quantcache.quant.codec import codec, codec_ids
 from quantcache.quant.wgsl import WeightShader
 from quantcache.tensor import PartSize
 
-__all__ = ["GpuTensor", "Home", "padded_nbytes", "place", "row_chunks"]
+__all__ = ["GpuTensor", "Home", "Span", "padded_nbytes", "place", "row_chunks"]
 
-#: Bytes of a buffer that several tensors share, where a layer is larger: each can be freed by itself.
-_SHARED = 256 << 20
+#: Bytes of a buffer that several tensors share: wgpu takes memory by blocks of 256 MB, of which smaller buffers waste little,
+#: and larger ones have memory of their own.
+_SHARED = 64 << 20
 
 
 class Home:
@@ -29,6 +30,12 @@ class Home:
         self.buffers: list[Any] = []
         self.nbytes = 0
         self.closed = False
+
+    def share(self, buffers: Iterable[Any]) -> None:
+        """Take buffers that somebody else made, too."""
+        new = {id(buffer): buffer for buffer in buffers}.values()
+        self.buffers += new
+        self.nbytes += sum(buffer.size for buffer in new)
 
     def close(self) -> None:
         """Let go of the buffers: whoever has one still has it, and the tensors say that they are closed."""
@@ -115,7 +122,8 @@ def _shader(name: str, dtypes: frozenset[tuple[str, str]]) -> WeightShader:
     elif name in block_types():
         found = block_type(name).weight_shader
     if found is None:
-        raise CodecError(f"no shader here decodes {name}", hint="nf4, int8, int8-row, f16, Q8_0, Q4_0, Q4_K, Q5_K and Q6_K have one")
+        what = next(iter(dict(dtypes).values())) if name == "f16" else name
+        raise CodecError(f"no shader here decodes {what}", hint="nf4, int8, int8-row, f16, Q8_0, Q4_0, Q4_K, Q5_K and Q6_K have one")
     return found
 
 
@@ -178,22 +186,44 @@ def _binding(pieces: Sequence[Binding], first: int, last: int) -> Binding:
     raise DeviceError("rows of a tensor are split over two buffers")
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Say where bytes of a part go.
+
+    Args:
+        name, part: which.
+        start, nbytes: which bytes of the part.
+        buffer, offset: where they stand on the device.
+        chunk: bytes that have a digest of their own, or 0.
+    """
+
+    name: str
+    part: str
+    start: int
+    nbytes: int
+    buffer: Any
+    offset: int
+    chunk: int = 0
+
+
 def place(
-    tensors: Mapping[str, tuple[int, Sequence[PartSize]]], device: Device, new: Callable[[int], Any]
-) -> tuple[Home, dict[str, dict[str, tuple[Binding, ...]]]]:
+    tensors: Mapping[str, tuple[int, Sequence[PartSize]]], device: Device, new: Callable[[int], Any], shared: int = 0
+) -> tuple[Home, dict[str, dict[str, tuple[Binding, ...]]], list[Span]]:
     """Give the parts of a group of tensors their places, each at a multiple of the device's alignment.
+
+    They stand in the order of their file, so that what is contiguous there mostly is on the device, and can be moved as one.
 
     Args:
         tensors: name -> rows and parts.
         device: says how large a buffer may be.
         new: makes a buffer of so many bytes.
+        shared: bytes of a buffer that several tensors share; 0 for what wastes little.
 
     Returns:
-        The buffers, and name -> part -> bindings.
+        The buffers, name -> part -> bindings, and all that is to be written, in the order of the buffers.
     """
     home, align = Home(), device.alignment
-    limit = min(device.max_buffer, _SHARED)
-    found: dict[str, dict[str, list[tuple[int, int, int]]]] = {}
+    limit = min(device.max_buffer, shared or _SHARED)
     sizes: list[int] = []
 
     def room(nbytes: int) -> tuple[int, int]:
@@ -204,18 +234,22 @@ def place(
         sizes[-1] += padded
         return len(sizes) - 1, start
 
-    for name, (rows, parts) in tensors.items():
-        found[name] = {}
-        for part in parts:
-            found[name][part.name] = [
-                (*room(size), size) for size in _split(part.nbytes, rows, device.max_buffer, align)
-            ]
+    ordered = sorted(((name, rows, part) for name, (rows, parts) in tensors.items() for part in parts), key=lambda found: found[2].position)
+    planned = [
+        (name, part, [(*room(size), size) for size in _split(part.nbytes, rows, device.max_buffer, align)])
+        for name, rows, part in ordered
+    ]
     home.buffers = [new(size) for size in sizes]
     home.nbytes = sum(sizes)
-    return home, {
-        name: {part: tuple((home.buffers[buffer], start, size) for buffer, start, size in pieces) for part, pieces in parts.items()}
-        for name, parts in found.items()
-    }
+    places: dict[str, dict[str, tuple[Binding, ...]]] = {name: {} for name in tensors}
+    spans = []
+    for name, part, pieces in planned:
+        places[name][part.name] = tuple((home.buffers[buffer], offset, size) for buffer, offset, size in pieces)
+        start = 0
+        for buffer, offset, size in places[name][part.name]:
+            spans.append(Span(name, part.name, start, size, buffer, offset, part.chunk))
+            start += size
+    return home, {name: {part.name: places[name][part.name] for part in parts} for name, (_, parts) in tensors.items()}, spans
 
 
 def _split(nbytes: int, rows: int, most: int, align: int) -> list[int]:

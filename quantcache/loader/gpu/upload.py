@@ -1,23 +1,30 @@
 """Own how a model comes onto a GPU: layer by layer or the largest first, on several threads, whole or lazily within a budget.
 
-A tensor is asked of the model, which checks it, or builds it, as for any other caller; what goes to the device are the bytes
-that were checked. Nothing but the staging memory of the device is needed beside.
+A tensor is asked of the model, which builds it if need be. It goes in steps of 16 MB, across tensors: what stands side by side
+in the entry does so on the device. Each step is digested shortly before it is moved; a tensor that turns out wrong is built again
+and moved again, before its layer is handed out. Nothing but the staging memory of the device is needed beside.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quantcache.errors import DeviceError, UsageError
+from quantcache.loader.ahead import Check
 from quantcache.loader.gpu.device import Device
-from quantcache.loader.gpu.tensors import GpuTensor, Home, padded_nbytes, place
+from quantcache.loader.gpu.tensors import GpuTensor, Home, Span, padded_nbytes, place
+from quantcache.loader.mapping import populate
 from quantcache.tensor import QuantTensor, element_name
 from quantcache.trace import working_for
 
@@ -26,7 +33,15 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuModel", "upload"]
 
-#: Parts up to this size are put together on the way, if they stand beside each other.
+#: Bytes that a thread brings at a time.
+_STEP = 16 << 20
+#: Bytes of the buffers that a whole model comes in.
+_BUNDLE = 1 << 30
+#: A part that is brought in several steps is cut at multiples of this, if it has no digests.
+_CUT = 4096
+#: Steps that checks are ahead, for each thread.
+_AHEAD = 2
+#: What is smaller is put together on the way with what stands beside it on the device, up to so many bytes.
 _SMALL = 64 << 10
 _SMALLS = 4 << 20
 #: More threads than that gain nothing: docs/decisions/0012-gpu.md.
@@ -52,7 +67,7 @@ def upload(
     found = GpuModel(model, Device.of(device), lazy=lazy, budget=budget, order=order, threads=threads)
     if not lazy:
         try:
-            found.load_all()
+            found._load_all()
         except BaseException:
             found.close()
             raise
@@ -68,7 +83,61 @@ class _Group:
         self.tensors: dict[str, GpuTensor] = {}
         self.loading = False
         self.reserved = 0  # bytes that count against the budget, from before it is loaded until it leaves
-        self.error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Hold what is moved of a tensor: its parts as flat bytes, and by part what is left to check."""
+
+    tensor: QuantTensor | Any
+    arrays: dict[str, Any]
+    checks: dict[str, Check]
+
+
+class _Arriving:
+    """A group on its way: where it goes, and what of it was asked of the model so far."""
+
+    def __init__(self, group: _Group, home: Home, places: Mapping[str, Any], spans: list[Span], mapped: list[Any]) -> None:
+        self.group, self.home, self.places, self.mapped = group, home, places, mapped
+        self.units = _units(spans)
+        self.checks: list[Future[dict[str, Parts]]] = []
+        self.steps: list[Future[None]] = []
+        self.lock = threading.Lock()
+        self._found: dict[str, Parts] = {}
+        #: tensors that were asked for again: what was moved before may be wrong, and nobody checks it any more
+        self.renewed: set[str] = set()
+
+    def parts_of(self, model: Model, name: str, *, again: bool = False) -> Parts:
+        """Return a tensor's parts, and the checks that are to be fed with them.
+
+        Args:
+            model: the model.
+            name: of the tensor.
+            again: it turned out wrong, or cannot be read: have it checked, and built again, by the model.
+        """
+        with self.lock:  # two threads must feed the same checks
+            found = None if again else self._found.get(name)
+        if found is not None:
+            return found
+        whole = all(len(pieces) == 1 for pieces in self.places[name].values())
+        tensor, checks = model.unchecked(name) if whole and not again else (model.in_memory(name), {})
+        arrays = _bytes(tensor)
+        for part, pieces in self.places[name].items():
+            planned = sum(size for _, _, size in pieces)
+            if arrays[part].size != planned:
+                raise DeviceError(f"tensor {name!r}: {part} has {arrays[part].size} bytes, {planned} were planned")
+        with self.lock:
+            if again:
+                self._found.pop(name, None)
+                self.renewed.add(name)
+            return self._found.setdefault(name, Parts(tensor, arrays, checks))
+
+
+    def let_go(self) -> None:
+        """Keep nothing of what was moved: of a matrix that was turned that is a copy."""
+        self._found.clear()
+        self.checks.clear()
+        self.steps.clear()
 
 
 class GpuModel(Mapping[str, GpuTensor]):
@@ -83,17 +152,21 @@ class GpuModel(Mapping[str, GpuTensor]):
         self.device = device
         self._model, self._lazy, self._budget = model, lazy, budget
         self._threads = threads or min(_MAX_THREADS, max(2, model.threads))
-        names = model.in_layers()
-        if order == "size":
+        names, self._shared = model.in_layers(), 0
+        if order == "size" or (not lazy and model.hit):  # nothing leaves by itself, and nothing is waited for
             sizes = {report.name: report.nbytes for report in model.report()}
-            names = [[name] for name in sorted(sizes, key=lambda name: (-sizes[name], name))]
-            names = _bundled(names, sizes)
+            if order == "size":
+                names = [[name] for name in sorted(sizes, key=lambda name: (-sizes[name], name))]
+            names, self._shared = _bundled(names, sizes), device.max_buffer
         self._groups = [_Group(number, found) for number, found in enumerate(names)]
         self._of = {name: group for group in self._groups for name in group.names}
         self._changed = threading.Condition()
         self._resident: OrderedDict[int, _Group] = OrderedDict()  # the least recently used first
         self._closed = False
+        self._homes: weakref.WeakSet[Home] = weakref.WeakSet()
         self._loader: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(self._threads, "quantcache-upload")
+        self._checkers = ThreadPoolExecutor(self._threads, "quantcache-check")
         self._wanted: deque[tuple[_Group, _Group]] = deque()  # a layer, and the one that it must fit beside
 
     __eq__ = object.__eq__
@@ -143,27 +216,34 @@ class GpuModel(Mapping[str, GpuTensor]):
 
     # ---- coming and going ----
 
-    def load_all(self) -> None:
+    def _load_all(self) -> None:
         """Bring everything, on several threads; return when it is there.
 
         Raises:
             DeviceOutOfMemory: it does not fit.
             DeviceError: the device was lost.
         """
-        self._model.prefetch()
         started = [group for group in self._groups if group.home is None]
+        self._prefetch(started)
         for group in started:
             group.loading = True
-        with ThreadPoolExecutor(self._threads, "quantcache-upload") as pool:
-            try:
+        arriving: list[_Arriving] = []
+        try:
+            for group in started:
+                arriving += [self._begin(group)]
+            for one in arriving:
+                self._arrive(one)
+            self.device.settle()
+        except BaseException as error:
+            self._stop(arriving)
+            if self._closed and isinstance(error, Exception):
+                raise DeviceError("the model was closed while it was uploaded") from error
+            raise
+        finally:
+            with self._changed:
                 for group in started:
-                    self._load(group, pool)
-            finally:
-                with self._changed:
-                    for group in started:
-                        group.loading = False
-                    self._changed.notify_all()
-        self.device.settle()
+                    group.loading = False
+                self._changed.notify_all()
 
     def _have(self, group: _Group) -> dict[str, GpuTensor]:
         """Return a group's tensors, bringing them if need be."""
@@ -171,9 +251,6 @@ class GpuModel(Mapping[str, GpuTensor]):
             while True:
                 if self._closed:
                     raise DeviceError("this model was closed")
-                if group.error is not None:
-                    error, group.error = group.error, None
-                    raise error
                 if group.home is not None:
                     self._resident[group.number] = group
                     self._resident.move_to_end(group.number)
@@ -183,25 +260,35 @@ class GpuModel(Mapping[str, GpuTensor]):
                     group.loading = True
                     break
                 self._changed.wait(0.5)
-        self._bring(group)
-        return self._have(group)
+        found = self._bring(group)
+        assert found is not None
+        with self._changed:
+            self._ask_next(group)
+        return found
 
-    def _bring(self, group: _Group, beside: _Group | None = None) -> None:
-        """Load a group that was marked as loading; an error is raised for whoever asks for it.
+    def _bring(self, group: _Group, beside: _Group | None = None) -> dict[str, GpuTensor] | None:
+        """Load a group that was marked as loading, and return its tensors.
 
         Args:
             group: which.
             beside: a group that has to stay: if both do not fit the budget, nothing is done.
         """
+        arriving: list[_Arriving] = []
         try:
             if not self._make_room(group, beside):
-                return
-            with ThreadPoolExecutor(self._threads, "quantcache-upload") as pool:
-                self._load(group, pool)
-            self.device.settle()
-        except BaseException as error:  # noqa: BLE001 - it is handed to whoever asks
+                if beside is None:
+                    raise DeviceError("this model was closed")
+                return None
+            self._prefetch(self._groups[group.number : group.number + 2])
+            arriving = [self._begin(group)]
+            return self._arrive(arriving[0])
+        except BaseException as error:
+            self._stop(arriving)
             with self._changed:
-                group.home, group.tensors, group.reserved, group.error = None, {}, 0, error
+                group.home, group.tensors, group.reserved = None, {}, 0
+            if self._closed and isinstance(error, Exception):
+                raise DeviceError("the model was closed while it was uploaded") from error
+            raise
         finally:
             with self._changed:
                 group.loading = False
@@ -210,7 +297,7 @@ class GpuModel(Mapping[str, GpuTensor]):
     def _ask_next(self, group: _Group) -> None:
         """Have the next layer come, if it fits beside this one: how large it is, its thread finds out, a miss may have to be waited for."""
         following = self._groups[group.number + 1 : group.number + 2]
-        if not self._lazy or not following or following[0].home is not None or following[0].loading or following[0].error:
+        if not self._lazy or not following or following[0].home is not None or following[0].loading:
             return
         following[0].loading = True
         self._wanted.append((following[0], group))
@@ -229,7 +316,8 @@ class GpuModel(Mapping[str, GpuTensor]):
                     self._loader = None
                     return
                 group, beside = self._wanted.popleft()
-            self._bring(group, beside)
+            with contextlib.suppress(Exception):  # whoever asks for the layer tries again, and is told
+                self._bring(group, beside)
             end = time.monotonic() + 5
 
     def _size(self, group: _Group) -> int:
@@ -244,20 +332,33 @@ class GpuModel(Mapping[str, GpuTensor]):
         if size > self._budget:
             raise UsageError(f"a budget of {self._budget:,} bytes does not take layer {group.number}, of {size:,}")
         with self._changed:
-            if beside is not None and beside.reserved + size > self._budget:
-                return False
-            taken = sum(other.reserved for other in self._groups)
-            while taken + size > self._budget and self._resident:
-                _, oldest = self._resident.popitem(last=False)
-                taken -= oldest.reserved
-                oldest.home, oldest.tensors, oldest.reserved = None, {}, 0
-            group.reserved = size
-        return True
+            while True:
+                if beside is not None and beside.reserved + size > self._budget:
+                    return False
+                taken = sum(other.reserved for other in self._groups)
+                while taken + size > self._budget and self._resident:
+                    _, oldest = self._resident.popitem(last=False)
+                    taken -= oldest.reserved
+                    oldest.home, oldest.tensors, oldest.reserved = None, {}, 0
+                if taken + size <= self._budget:
+                    group.reserved = size
+                    return True
+                if beside is not None or self._closed:  # the rest is on its way for others
+                    return False
+                self._changed.wait(0.5)
 
-    def _load(self, group: _Group, pool: ThreadPoolExecutor) -> None:
-        """Make a group's buffers and fill them."""
+    def _prefetch(self, groups: list[_Group]) -> None:
+        """Have the model bring, and check, what has to come from disk."""
+        names = [name for group in groups for name in group.names if not self._model.is_warm(name)]
+        if names:
+            self._model.prefetch(names)
+
+    def _begin(self, group: _Group) -> _Arriving:
+        """Make a group's buffers, and have the threads fill them; on a miss, once it is quantized."""
         model, device = self._model, self.device
-        described = {name: (model.rows(name), model.part_sizes(name)) for name in group.names}
+        parts = {name: model.part_sizes(name) for name in group.names}
+        kept = {name: found.parts for name in group.names if (found := model.kept(name)) is not None and found.device.raw is device.raw}
+        described = {name: (model.rows(name), [part for part in parts[name] if part.name not in kept.get(name, ())]) for name in group.names}
         mapped: list[Any] = []
 
         def new(nbytes: int) -> Any:
@@ -267,29 +368,96 @@ class GpuModel(Mapping[str, GpuTensor]):
             mapped.append(device.mapped_buffer(nbytes, what))
             return mapped[-1]
 
-        home, places = place(described, device, new)
+        home, places, spans = place(described, device, new, self._shared)
+        for name, there in kept.items():  # quantized there: only the rest is to be brought
+            places[name] = {part.name: (there[part.name],) if part.name in there else places[name][part.name] for part in parts[name]}
+            home.share(buffer for buffer, _, _ in there.values())
+        arriving = _Arriving(group, home, places, spans, mapped)
+        arriving.steps = [self._pool.submit(self._step, arriving, number) for number in range(len(arriving.units))]
+        return arriving
 
-        def one(name: str) -> GpuTensor:
-            if self._closed:
-                raise DeviceError("the model was closed while it was uploaded")
-            with working_for(model.profile):
-                tensor = model.in_memory(name)
-                _write(device, places[name], _bytes(tensor), mapped=bool(mapped), what=name)
-            kind, shape, dtypes = _kind(tensor)
-            return GpuTensor(kind, shape, dtypes, device, home, places[name])
+    def _check_ahead(self, arriving: _Arriving, number: int) -> Future[dict[str, Parts]]:
+        """Return the check of a step; it was begun a few steps before, as those behind it are now.
 
-        try:
-            tensors = dict(zip(group.names, pool.map(one, group.names), strict=True))
-        finally:
-            for buffer in mapped:
-                buffer.unmap()
+        One thread that checked and moved would keep the bus waiting; one that is further ahead would find its pages gone again.
+        """
+        with arriving.lock:
+            while len(arriving.checks) < min(len(arriving.units), number + 1 + _AHEAD * self._threads):
+                arriving.checks.append(self._checkers.submit(self._check, arriving, arriving.units[len(arriving.checks)]))
+            return arriving.checks[number]
+
+    def _check(self, arriving: _Arriving, unit: list[Span]) -> dict[str, Parts]:
+        """Fault a few megabytes of a group in, digest them, and return the tensors that they are of."""
+        if self._closed:
+            raise DeviceError("the model was closed while it was uploaded")
+        with working_for(self._model.profile):
+            names = list(dict.fromkeys(span.name for span in unit))
+            found = {name: arriving.parts_of(self._model, name) for name in names}
+            if any(populate(data.__array_interface__["data"][0], data.size) for _, _, data in _runs(unit, found, gather=False)):
+                found = {name: arriving.parts_of(self._model, name, again=True) for name in names}
+            for span in unit:
+                check = found[span.name].checks.get(span.part)
+                if check is not None:
+                    check.feed(span.start, found[span.name].arrays[span.part][span.start : span.start + span.nbytes].data)
+            return found
+
+    def _step(self, arriving: _Arriving, number: int) -> None:
+        """Write a few megabytes of a group."""
+        found = self._check_ahead(arriving, number).result()
+        with working_for(self._model.profile):
+            for buffer, offset, data in _runs(arriving.units[number], found):
+                self._put(arriving, buffer, offset, data)
+
+    def _put(self, arriving: _Arriving, buffer: Any, offset: int, data: Any) -> None:
+        if any(buffer is one for one in arriving.mapped):  # not what a quantizer made
+            _write_mapped(buffer, offset, data)
+        else:
+            self.device.write(buffer, offset, data)
+
+    def _arrive(self, arriving: _Arriving) -> dict[str, GpuTensor]:
+        """Wait until a group is written, and hand it out."""
+        group, home = arriving.group, arriving.home
+        for step in arriving.steps:
+            step.result()
+        tensors = {}
+        for name in group.names:
+            parts = arriving.parts_of(self._model, name)  # of an empty one nothing was written
+            if name not in arriving.renewed and not all(check.passed() for check in parts.checks.values()):
+                parts = arriving.parts_of(self._model, name, again=True)
+            if name in arriving.renewed:
+                for part, pieces in arriving.places[name].items():
+                    start = 0
+                    for buffer, offset, size in pieces:
+                        self._put(arriving, buffer, offset, parts.arrays[part][start : start + size])
+                        start += size
+            tensors[name] = GpuTensor(*_kind(parts.tensor), self.device, home, arriving.places[name])
+        for buffer in arriving.mapped:
+            buffer.unmap()
+        arriving.mapped.clear()
         with self._changed:
             if self._closed:
                 home.close()
                 raise DeviceError("the model was closed while it was uploaded")
             group.home, group.tensors = home, tensors
+            self._homes.add(home)
             self._resident[group.number] = group
             self._changed.notify_all()
+        arriving.let_go()
+        return tensors
+
+    def _stop(self, arriving: list[_Arriving]) -> None:
+        """Give up groups that are on their way, once no thread is at them."""
+        for one in arriving:
+            for step in one.steps:
+                step.cancel()
+        for one in arriving:
+            for step in one.steps:
+                _wait(step)
+            for check in one.checks:  # no step begins another one
+                _wait(check)
+            one.home.close()
+            for buffer in one.mapped:
+                buffer.unmap()
 
     # ---- the end ----
 
@@ -297,12 +465,14 @@ class GpuModel(Mapping[str, GpuTensor]):
         """Let go of the device's memory; tensors that were handed out say so when they are used."""
         with self._changed:
             self._closed = True
+            for home in list(self._homes):  # those of layers that left, too
+                home.close()
             for group in self._groups:
-                if group.home is not None:
-                    group.home.close()
                 group.home, group.tensors = None, {}
             self._resident.clear()
             self._changed.notify_all()
+        for pool in (self._checkers, self._pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> GpuModel:
         """Return the model itself."""
@@ -313,16 +483,23 @@ class GpuModel(Mapping[str, GpuTensor]):
         self.close()
 
 
-def _bundled(single: list[list[str]], sizes: Mapping[str, int]) -> list[list[str]]:
-    """Put tensors that follow each other into bundles of 64 MB, for one buffer each."""
+def _wait(future: Future[Any]) -> None:
+    """Wait until a future has ended, however; concurrent.futures.wait() waits for ever for what a pool that is shut down dropped."""
+    with contextlib.suppress(Exception, CancelledError):
+        future.result()
+
+
+def _bundled(groups: list[list[str]], sizes: Mapping[str, int]) -> list[list[str]]:
+    """Put groups that follow each other together, up to the size of a buffer that has memory of its own."""
     found: list[list[str]] = []
     room = 0
-    for (name,) in single:
-        if room < sizes[name]:
+    for names in groups:
+        nbytes = sum(sizes[name] for name in names)
+        if room < nbytes:
             found.append([])
-            room = 64 << 20
-        found[-1].append(name)
-        room -= sizes[name]
+            room = _BUNDLE
+        found[-1] += names
+        room -= nbytes
     return found
 
 
@@ -339,48 +516,73 @@ def _bytes(tensor: QuantTensor | Any) -> dict[str, Any]:
     return {name: np.ascontiguousarray(part).reshape(-1).view(np.uint8) for name, part in parts.items()}
 
 
-def _write(
-    device: Device, places: Mapping[str, tuple[tuple[Any, int, int], ...]], arrays: Mapping[str, Any], *, mapped: bool, what: str
-) -> None:
-    """Write a tensor's parts to their places; small ones that stand side by side at once."""
-    pending: list[tuple[Any, int, Any]] = []
-
-    def flush() -> None:
-        if not pending:
-            return
-        buffer, start, _ = pending[0]
-        end = pending[-1][1] + pending[-1][2].size
-        together = np.zeros(end - start, np.uint8)
-        for _, offset, data in pending:
-            together[offset - start : offset - start + data.size] = data
-        put(buffer, start, together)
-        pending.clear()
-
-    def put(buffer: Any, offset: int, data: Any) -> None:
-        if mapped:
-            whole = data.size // 8 * 8
-            if whole:
-                buffer.write_mapped(data[:whole], offset)
-            if whole < data.size:
-                buffer.write_mapped(np.frombuffer(bytes(data[whole:]).ljust(8, b"\0"), np.uint8), offset + whole)
-        else:
-            device.write(buffer, offset, data)
-
-    for name, pieces in places.items():
-        data = arrays[name]
-        if data.size != sum(size for _, _, size in pieces):
-            raise DeviceError(f"tensor {what!r}: {name} has {data.size} bytes, {sum(size for _, _, size in pieces)} were planned")
+def _units(spans: list[Span]) -> list[list[Span]]:
+    """Cut what is to be written into steps: spans of one buffer that follow each other, large ones in parts."""
+    found: list[list[Span]] = []
+    room, buffer = 0, None
+    for span in spans:
         start = 0
-        for buffer, offset, size in pieces:
-            part = data[start : start + size]
-            start += size
-            beside = pending and pending[-1][0] is buffer and offset + size - pending[0][1] <= _SMALLS and offset > pending[-1][1]
-            if not beside:
-                flush()
-            if size <= _SMALL:
-                if size:
-                    pending.append((buffer, offset, part))
-            else:
-                flush()
-                put(buffer, offset, part)
-    flush()
+        while start < span.nbytes:
+            if room <= 0 or span.buffer is not buffer:
+                found.append([])
+                room, buffer = _STEP, span.buffer
+            nbytes = min(room, span.nbytes - start)
+            if nbytes < span.nbytes - start:
+                cut = math.lcm(span.chunk or _CUT, 8)  # a part goes on at a chunk that has a digest, and where a mapped buffer does
+                nbytes = min(-(-nbytes // cut) * cut, span.nbytes - start)
+            found[-1].append(replace(span, start=span.start + start, nbytes=nbytes, offset=span.offset + start))
+            start += nbytes
+            room -= nbytes
+    return found
+
+
+def _runs(unit: list[Span], found: Mapping[str, Parts], *, gather: bool = True) -> Iterator[tuple[Any, int, Any]]:
+    """Yield (buffer, offset, flat bytes) of a step: what is contiguous in memory and on the device as one view.
+
+    Args:
+        unit: the step.
+        found: its tensors.
+        gather: small pieces are copied together with what stands beside them on the device; what lies between becomes zeros.
+    """
+    runs: list[tuple[int, list[Any]]] = []
+    end, behind = -1, -1  # on the device, in memory
+    for span in unit:
+        data = found[span.name].arrays[span.part][span.start : span.start + span.nbytes]
+        address = data.__array_interface__["data"][0]
+        if span.offset == end and address == behind:
+            runs[-1][1].append(data)
+        else:
+            runs.append((span.offset, [data]))
+        end, behind = span.offset + data.size, address + data.size
+    pending: list[tuple[int, Any]] = []
+    buffer = unit[0].buffer
+    for offset, pieces in runs:
+        nbytes = sum(piece.size for piece in pieces)
+        if pending and (nbytes > _SMALL or offset + nbytes - pending[0][0] > _SMALLS):
+            yield buffer, *_together(pending)
+            pending = []
+        view = pieces[0] if len(pieces) == 1 else np.lib.stride_tricks.as_strided(pieces[0], (nbytes,), (1,), writeable=False)
+        if nbytes > _SMALL or not gather:
+            yield buffer, offset, view
+        else:
+            pending.append((offset, view))
+    if pending:
+        yield buffer, *_together(pending)
+
+
+def _together(pieces: list[tuple[int, Any]]) -> tuple[int, Any]:
+    """Copy small pieces into one array, as far from each other as they stand on the device."""
+    start, (last, view) = pieces[0][0], pieces[-1]
+    found = np.zeros(last + view.size - start, np.uint8)
+    for offset, data in pieces:
+        found[offset - start : offset - start + data.size] = data
+    return start, found
+
+
+def _write_mapped(buffer: Any, offset: int, data: Any) -> None:
+    """Write into a mapped buffer, which takes whole eights."""
+    whole = data.size // 8 * 8
+    if whole:
+        buffer.write_mapped(data[:whole], offset)
+    if whole < data.size:
+        buffer.write_mapped(np.frombuffer(bytes(data[whole:]).ljust(8, b"\0"), np.uint8), offset + whole)
