@@ -16,6 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, So
 from quantcache.loader.digests import DigestBehind
 from quantcache.loader.plan import Job, Request
 from quantcache.loader.source import Source
-from quantcache.loader.tiles import Piece, encode_tile, whole_pieces
+from quantcache.loader.tiles import Piece, Quantizer, encode_tile, encode_tiles, whole_pieces
 from quantcache.quant import native
 from quantcache.quant.codec import Scratch, Status
 from quantcache.trace import Profile, span, working_for
@@ -88,6 +89,9 @@ class Progress:
 class _Memory:
     """Take the tensors that the store does not."""
 
+    #: tensors have no place beside each other
+    offsets: Mapping[str, int] = MappingProxyType({})
+
     def __init__(self) -> None:
         self._arrays: dict[str, Array] = {}
 
@@ -135,6 +139,7 @@ class _Done:
 
     task: _Task
     start: int
+    stop: int
     pieces: list[tuple[Piece, bytes]]
     outputs: Scratch
 
@@ -205,6 +210,8 @@ class Pipeline:
         builds: in order.
         threads: how many; 0 means one per core.
         progress: called with Progress now and then, from a worker; a false value other than None cancels.
+        profile: adds up where the time goes.
+        quantizer: quantizes what it takes, instead of the CPU.
     """
 
     def __init__(
@@ -214,8 +221,9 @@ class Pipeline:
         threads: int = 0,
         progress: Callable[[Progress], Any] | None = None,
         profile: Profile | None = None,
+        quantizer: Quantizer | None = None,
     ) -> None:
-        self.builds, self.profile = builds, profile or Profile()
+        self.builds, self.profile, self._quantizer = builds, profile or Profile(), quantizer
         self._progress, self._told_s = progress, 0.0
         self._started_s = time.monotonic()
         self._changed = threading.Condition()
@@ -227,6 +235,9 @@ class Pipeline:
         self.failure: BaseException | None = None
         self._open = len(builds)
         count = min(threads or default_threads(), MAX_THREADS)
+        if quantizer is not None and not threads:
+            elsewhere = sum(task.job.info.nbytes for task in self._queue if quantizer.tiles(task.job))
+            count = min(count, quantizer.threads) if 2 * elsewhere > self._total[0] else count
         self._spare = [Scratch() for _ in range(count + min(count, 4))]
         self._alive = count
         self._threads = [threading.Thread(target=self._work, name=f"quantcache-{n}", daemon=True) for n in range(count)]
@@ -353,9 +364,10 @@ class Pipeline:
                         queue.popleft()
                     if queue and self._spare:
                         task = queue[0]
-                        start, outputs = task.waiting.pop(), self._spare.pop()
+                        start, stop = self._take(task)
+                        outputs = self._spare.pop()
                         task.active += 1
-                        return lambda work, task=task, start=start, outputs=outputs: self._tile(task, start, work, outputs)  # type: ignore[misc]
+                        return lambda work, task=task, start=start, stop=stop, outputs=outputs: self._tile(task, start, stop, work, outputs)  # type: ignore[misc]
                     waiting = waiting or bool(queue)
                 for build in self.builds if not waiting else ():
                     if build.behind is not None and build.behind.idle:
@@ -366,19 +378,33 @@ class Pipeline:
                         return lambda _, build=build: self._publish(build)  # type: ignore[misc]
                 self._changed.wait(0.5)
 
-    def _tile(self, task: _Task, start: int, work: Scratch, outputs: Scratch) -> None:
-        """Quantize one tile, and bring it to where it belongs or leave that to the thread that writes the file."""
+    def _take(self, task: _Task) -> tuple[int, int]:
+        """Return the first weight of the next tile of a job, or of the next few, and the one behind them."""
+        job = task.job
+        start = task.waiting.pop()
+        stop = min(start + job.tile, job.size)
+        for _ in range(1, self._quantizer.tiles(job) if self._quantizer else 1):
+            if not task.waiting:
+                break
+            stop = min(task.waiting.pop() + job.tile, job.size)
+        return start, stop
+
+    def _tile(self, task: _Task, start: int, stop: int, work: Scratch, outputs: Scratch) -> None:
+        """Quantize a tile, and bring it to where it belongs or leave that to the thread that writes the file."""
         job, build = task.job, task.build
         pieces: list[Piece] = []
         try:
             if task.refused is None:
-                status, pieces = encode_tile(build.source, job, start, work, outputs, build.behind)
+                if self._quantizer is not None and (stop - start > job.tile or self._quantizer.tiles(job)):
+                    status, pieces = encode_tiles(build.source, job, start, stop, work, outputs, build.behind, self._quantizer)
+                else:
+                    status, pieces = encode_tile(build.source, job, start, work, outputs, build.behind)
                 if status != Status.OK:
                     task.refused = status
         except SourceError as error:
             task.error = error
             raise
-        done = _Done(task, start, [(piece, _digested(piece, task.target)) for piece in pieces], outputs)
+        done = _Done(task, start, stop, [(piece, _digested(piece, task.target)) for piece in pieces], outputs)
         if not pieces or task.target is not build.staged:
             self._deliver(done)
             return
@@ -405,7 +431,7 @@ class Pipeline:
             task.refused = error
         with self._changed:
             self._spare.append(done.outputs)
-            nbytes = min(job.tile, max(0, job.size - done.start)) * job.info.nbytes // max(1, job.size)
+            nbytes = (done.stop - done.start) * job.info.nbytes // max(1, job.size)
             task.counted += nbytes
             self._done_nbytes += nbytes
             task.active -= 1

@@ -134,6 +134,8 @@ class Job:
         #: tiles come as the source has them; else as float32, into which everything else is widened (float64: narrowed)
         self.as_stored = self.copies or (info.dtype in ("F32", "F16", "BF16") and not (self.changes or scaled))
         self.size = info.size
+        #: what a quantizer keeps of the result
+        self.kept: Any = None
         self.encoder: Encoder | None = None
         if self.copies:
             itemsize = ITEMSIZE[info.dtype]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import CodecError, UsageError
-from quantcache.quant.wgsl import WeightShader
+from quantcache.quant.wgsl import EncodeShader, WeightShader
 from quantcache.tensor import ITEMSIZE, array_dtype, output_for
 
 __all__ = ["Codec", "Encoder", "Part", "Scratch", "Status", "codec", "codec_ids", "import_codecs", "quantize", "register"]
@@ -108,6 +108,18 @@ class Encoder(ABC):
             The status and, if it is OK, name -> flat array for every part with `weights > 0`.
         """
 
+    def encoded(self, start: int, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Take what another processor made of a tile, as if encode() had.
+
+        Args:
+            start: index of the tile's first weight.
+            arrays: what the codec's encode_shader makes.
+
+        Returns:
+            What encode() returns.
+        """
+        return arrays
+
     def finish(self) -> dict[str, Array]:
         """Return name -> array for the parts that are written whole; called once, after the last tile."""
         return {}
@@ -144,6 +156,15 @@ class Codec(ABC):
 
         Args:
             dtypes: part -> element type, of one tensor.
+        """
+        return None
+
+    def encode_shader(self, shape: tuple[int, ...], variant: str) -> EncodeShader | None:
+        """Return how a GPU quantizes a tensor; None if it does not.
+
+        Args:
+            shape: of the weights.
+            variant: one of the codec's.
         """
         return None
 

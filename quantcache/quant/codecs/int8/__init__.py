@@ -16,7 +16,7 @@ from quantcache.quant import native
 from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.int8 import reference
 from quantcache.quant.floats import from_f32, to_f32
-from quantcache.quant.wgsl import WeightShader, read
+from quantcache.quant.wgsl import EncodeShader, WeightShader, read
 
 Array = NDArray[Any]
 
@@ -81,8 +81,15 @@ class Int8(Codec):
     def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
         """Return weights.wgsl, with the scales as they are stored."""
         kind, file = ("array<u32>", "scales_f16") if dtypes["scales"] == "F16" else ("array<f32>", "scales_f32")
-        parts = {"codes": "array<vec4<u32>>", "scales": kind, "biases": kind}
+        parts = {"codes": "array<vec2<u32>>", "scales": kind, "biases": kind}
         return WeightShader(parts, read(f"codecs/int8/{file}.wgsl") + read("codecs/int8/weights.wgsl"))
+
+    def encode_shader(self, shape: tuple[int, ...], variant: str) -> EncodeShader | None:
+        """Return encode.wgsl, which takes two groups at a time: two float16 are a word."""
+        constants = f"const QC_HALVES = {str(variant == 'F16').lower()};\nconst QC_255TH = {float(np.float32(1 / 255))!r};\n"
+        scales = 4 if variant == "F16" else 8
+        parts = {"codes": 2 * reference.GROUP, "scales": scales, "biases": scales}
+        return EncodeShader(2 * reference.GROUP, parts, 64, 64, constants + read("codecs/int8/encode.wgsl"))
 
     def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
         """Decode a whole tensor."""

@@ -16,7 +16,7 @@ from quantcache.quant import native
 from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.int8_row import reference
 from quantcache.quant.floats import from_f32, to_f32
-from quantcache.quant.wgsl import WeightShader, read
+from quantcache.quant.wgsl import EncodeShader, WeightShader, read
 
 Array = NDArray[Any]
 
@@ -82,8 +82,15 @@ class Int8Row(Codec):
 
     def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
         """Return weights.wgsl."""
-        parts = {"codes": "array<u32>", "scales": "array<f32>"}
+        parts = {"codes": "array<vec2<u32>>", "scales": "array<f32>"}
         return WeightShader(parts, read("codecs/int8_row/weights.wgsl"), any_width=True)
+
+    def encode_shader(self, shape: tuple[int, ...], variant: str) -> EncodeShader | None:
+        """Return encode.wgsl, a row a workgroup; None for rows that are no whole words."""
+        if shape[1] % 4:
+            return None
+        source = f"const QC_WIDTH = {shape[1]}u;\n" + read("codecs/int8_row/encode.wgsl")
+        return EncodeShader(shape[1], {"codes": shape[1], "scales": 4}, 1, 256, source)
 
     def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
         """Decode a whole tensor."""

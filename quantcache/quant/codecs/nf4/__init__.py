@@ -19,7 +19,7 @@ from quantcache.quant import native
 from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.nf4 import reference
 from quantcache.quant.floats import from_f32, to_f32
-from quantcache.quant.wgsl import WeightShader, read
+from quantcache.quant.wgsl import EncodeShader, WeightShader, read
 
 Array = NDArray[Any]
 
@@ -99,9 +99,15 @@ class Nf4Encoder(Encoder):
             )
         if status != Status.OK or self._absmax is None:
             return status, {"codes": codes, "absmax": absmax}
-        first = start // reference.BLOCK
+        return status, dict(self.encoded(start, {"codes": codes, "absmax": absmax}))
+
+    def encoded(self, start: int, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Keep the absmax of a tile, if nested."""
+        if self._absmax is None:
+            return arrays
+        first, absmax = start // reference.BLOCK, arrays["absmax"]
         self._absmax[first : first + absmax.size] = absmax
-        return status, {"codes": codes}
+        return {"codes": arrays["codes"]}
 
     def finish(self) -> dict[str, Array]:
         """Return the table, the state and, if nested, the quantized absmax."""
@@ -155,7 +161,13 @@ class Nf4(Codec):
         """Return weights.wgsl; None if absmax is quantized, too."""
         if self.nested:
             return None
-        return WeightShader({"codes": "array<vec4<u32>>", "absmax": "array<f32>"}, read("codecs/nf4/weights.wgsl"))
+        return WeightShader({"codes": "array<u32>", "absmax": "array<f32>"}, read("codecs/nf4/weights.wgsl"))
+
+    def encode_shader(self, shape: tuple[int, ...], variant: str) -> EncodeShader | None:
+        """Return encode.wgsl; of nested ones absmax becomes codes on the CPU."""
+        below = " + ".join(f"u32(value > {float(middle)!r})" for middle in MIDDLES)
+        source = f"fn qc_middles_below(value: f32) -> u32 {{ return {below}; }}\n" + read("codecs/nf4/encode.wgsl")
+        return EncodeShader(reference.BLOCK, {"codes": reference.BLOCK // 2, "absmax": 4}, 64, 64, source)
 
     def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
         """Decode a whole tensor."""

@@ -1,0 +1,326 @@
+"""Quantizing on a GPU: the store cannot tell, whatever the values; what a shader cannot promise, the CPU does."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import quantcache as qc
+from quantcache.loader.gpu import encode
+from quantcache.quant import wgsl
+from quantcache.quant.codecs.nf4 import MIDDLES
+from quantcache.tensor import BLOCKS
+
+QUANTS = ["nf4", "nf4-dq", "int8", "int8-row"]
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+TYPES = ["f32", "f16", "bf16"]
+
+
+@pytest.fixture
+def quantizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Have small tensors quantized on the GPU, too, in small tiles and steps of several; return the quantizers that loads make."""
+    made: list[Any] = []
+    real = encode.GpuQuantizer.__init__
+
+    def init(self: Any, device: Any) -> None:
+        real(self, device)
+        made.append(self)
+
+    monkeypatch.setattr(encode, "_LEAST", 0)
+    monkeypatch.setattr(encode, "_STEP", 5 << 20)
+    monkeypatch.setattr(encode.GpuQuantizer, "__init__", init)
+    return made
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Return fresh random numbers."""
+    return np.random.default_rng(int.from_bytes(os.urandom(8), "little"))
+
+
+def both(folder: Path, tensors: dict[str, Any], quant: str, device: Any) -> None:
+    """Compare what the CPU makes of tensors with what the GPU makes of them: in the store, and where it stays on the device."""
+    save_file(tensors, folder / "m.safetensors")
+    same(folder, folder / "m.safetensors", device, quant=quant)
+
+
+def same(folder: Path, path: Path, device: Any, **how: Any) -> None:
+    """Compare the two for any file and any way to load it."""
+    with qc.load(path, cache=folder / "cpu", **how) as wanted, qc.load(path, cache=folder / "gpu", device=device, **how) as got:
+        assert not got.hit
+        with got.upload(device) as there:
+            for name in wanted:
+                assert parts(got[name]) == parts(wanted[name]), name
+                arrived = {part: b"".join(device.read(place).tobytes() for place in places) for part, places in there[name].pieces.items()}
+                assert arrived == parts(wanted[name]), name
+    digests = []
+    for store in ("cpu", "gpu"):
+        with qc.Cache(folder / store) as cache:
+            (row,) = cache.entries()
+            digests.append((row.key, cache.open(row.key).header.digests, cache.open(row.key).header.records))
+    assert digests[0] == digests[1]
+
+
+def parts(tensor: Any) -> dict[str, bytes]:
+    """Return the bytes of a tensor's parts."""
+    found = tensor.parts if isinstance(tensor, qc.QuantTensor) else {"values": tensor}
+    return {name: np.ascontiguousarray(part).tobytes() for name, part in found.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=TYPES)
+@pytest.mark.parametrize("quant", QUANTS)
+def test_the_store_cannot_tell(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, quant: str, dtype: Any) -> None:
+    """Weights of all sizes, blocks of zeros, negative zeros and constants, odd numbers of groups, several steps of several tiles."""
+    weights = rng.standard_normal((67, 384)) * 10.0 ** rng.uniform(-3, 3, (67, 1))
+    weights[3], weights[5, :128], weights[7], weights[9, 5:77] = 0, -0.0, 1.5, 0
+    tensors = {
+        "a.weight": weights.astype(dtype),
+        "odd.weight": rng.standard_normal((65, 128)).astype(dtype),
+        "tiles.weight": (rng.standard_normal((2100, 1664)) * 0.02).astype(dtype),
+        "bias": rng.standard_normal(70_000).astype(dtype),
+    }
+    both(tmp_path, tensors, quant, device)
+    assert quantizers[0].steps + quantizers[0].given_back >= 4
+    assert quantizers[0].given_back <= (2 if quant == "int8" else 0)  # float16 does not take all of its scales
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8", "int8-row"])
+def test_every_float16(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, quant: str) -> None:
+    """All finite float16, subnormal ones, too, in any order: the GPU does them all, but for scales that float16 does not take."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    finite = bits[(bits & 0x7C00) != 0x7C00]
+    sorted_by_size = finite[np.argsort(finite & 0x7FFF, kind="stable")]
+    tensors = {f"{n}.weight": np.resize(found, (497, 128)).view(np.float16) for n, found in enumerate([rng.permutation(finite), sorted_by_size])}
+    both(tmp_path, tensors, quant, device)
+    assert quantizers[0].given_back <= (2 if quant == "int8" else 0)
+    assert quantizers[0].steps >= 2
+
+
+@pytest.mark.filterwarnings("ignore::quantcache.QuantcacheWarning")  # tensors with NaN are kept as they are
+@pytest.mark.parametrize("quant", ["nf4", "int8", "int8-row"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
+def test_any_bits(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, quant: str, dtype: Any) -> None:
+    """Random bits, with Inf and NaN and numbers that a device flushes: the CPU has the last word, and the rest is the GPU's."""
+    kind = np.uint32 if dtype is np.float32 else np.uint16
+    tensors = {"bits.weight": rng.integers(0, np.iinfo(kind).max, (64, 256), kind, endpoint=True).view(dtype)}
+    for exponent in (-149, -127, -126, -101, -100, -99, -15, 0, 15, 119, 120, 121, 127):
+        with np.errstate(over="ignore"):
+            scaled = np.ldexp(rng.uniform(-1, 1, (64, 256)), exponent).astype(np.float32)
+        scaled[0, ::7], scaled[1] = 0, np.ldexp(1.0, exponent)
+        tensors[f"{exponent}.weight"] = scaled.astype(dtype)
+    both(tmp_path, tensors, quant, device)
+    assert quantizers[0].given_back
+    assert quantizers[0].steps
+
+
+def beside_thresholds(rng: np.random.Generator) -> dict[str, Any]:
+    """Return weights that are a unit or two away from where codes change, with scales of random significands, by codec."""
+
+    def beside(values: Any) -> Any:
+        found = np.asarray(values, np.float32)
+        for _ in range(2):
+            found = np.where(rng.random(found.shape) < 0.5, np.nextafter(found, np.float32(np.inf)), np.nextafter(found, np.float32(-np.inf)))
+        return found
+
+    absmax = (rng.uniform(1, 2, (4096, 1)) * 2.0 ** rng.integers(-90, 90, (4096, 1))).astype(np.float32)
+    blocks = beside(rng.choice(MIDDLES, (4096, 64)) * absmax)
+    blocks[:, 0] = absmax[:, 0]
+    low = (rng.choice([-1, 1], (512, 1)) * rng.uniform(1, 2, (512, 1))).astype(np.float16).astype(np.float32)
+    scale = (rng.uniform(1, 2, (512, 1)) * 2.0 ** rng.integers(-9, 7, (512, 1))).astype(np.float16).astype(np.float32)
+    groups = beside(low + (rng.integers(1, 255, (512, 128)) - 0.5) * scale)
+    groups[:, 0], groups[:, 1] = low[:, 0], (low + 255 * scale)[:, 0]
+    largest = rng.uniform(1, 2, (512, 1)).astype(np.float16).astype(np.float32)
+    rows = beside(((rng.integers(-126, 127, (512, 128)) + 0.5) / 127 * largest).astype(np.float16).astype(np.float32))
+    rows[:, 0] = largest[:, 0]
+    return {"nf4": blocks.reshape(1024, 256), "int8": groups, "int8-row": rows}
+
+
+def test_beside_every_threshold(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator) -> None:
+    """No code differs where one unit would change it."""
+    for quant, weights in beside_thresholds(rng).items():
+        (tmp_path / quant).mkdir()
+        both(tmp_path / quant, {"a.weight": weights}, quant, device)
+        assert quantizers[-1].given_back == 0
+        assert quantizers[-1].steps == 1
+
+
+@pytest.mark.parametrize("off", [-4, -1, 1, 4])
+def test_a_device_that_divides_badly(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, off: int) -> None:
+    """A quotient that is off by as much as WGSL allows, and more, is put right: this device's own may be exact."""
+    estimate = "u32(140737488355328.0 / f32(m))"
+    assert estimate in wgsl.read("encode.wgsl")
+    monkeypatch.setattr(wgsl, "read", lambda path, real=wgsl.read: real(path).replace(estimate, f"u32(i32({estimate}) + {off})"))
+    weights = beside_thresholds(rng)
+    for quant in ("nf4", "int8-row"):
+        (tmp_path / quant).mkdir()
+        both(tmp_path / quant, {"a.weight": weights[quant]}, quant, device)
+        assert quantizers[-1].steps == 1
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q5_0"])
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_blocks(
+    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, write_gguf: Callable[..., Any], kind: str, quant: str
+) -> None:
+    """GGUF blocks that are to be converted are decoded on the GPU; of a type that no shader decodes, on the CPU."""
+    from quantcache.quant.blocks import block_type
+
+    weights, nbytes = BLOCKS[kind]
+    rows, width = 300, 1024
+    layout, count = block_type(kind).layout, rows * width // weights
+    raw = rng.integers(0, 256, (count, nbytes), np.uint8)
+    for name in ("d", "dmin"):
+        if name in (layout.names or ()):
+            raw.reshape(-1).view(layout)[name] = (rng.standard_normal(count) * 0.01).astype(np.float16)
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", raw.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    same(tmp_path, tmp_path / "m.gguf", device, quant=quant, native="convert")
+    assert bool(quantizers[0].steps) == (kind != "Q5_0")
+
+
+def test_what_the_cpu_does(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator) -> None:
+    """Changed and scaled weights, rows of no whole words, plain weights: not for the GPU, and none the worse."""
+    tensors = {"a.weight": rng.standard_normal((64, 128)).astype(np.float32), "b.weight": rng.standard_normal((33, 131)).astype(np.float16)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    same(tmp_path, tmp_path / "m.safetensors", device, quant="int8-row", rules=[("a.weight", "int8-row", 0.5)])
+    assert quantizers[0].steps == 0
+
+
+def test_small_limits(small: Callable[..., Any], tmp_path: Path, quantizers: list[Any], rng: np.random.Generator) -> None:
+    """A device that binds no tile leaves them to the CPU; one that takes a part but no tensor in a buffer has several."""
+    weights = {"a.weight": rng.standard_normal((1024, 4096)).astype(np.float16)}
+    for number, limit in enumerate((2000 << 10, 2100 << 10)):
+        (tmp_path / str(number)).mkdir()
+        both(tmp_path / str(number), weights, "nf4", small(max_buffer=limit))
+    assert [bool(made.steps) for made in quantizers] == [False, True]
+
+
+def test_a_device_that_fails(small: Callable[..., Any], tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the device refuses, at whichever call, the load says so once and goes on with the CPU."""
+    import wgpu
+
+    save_file({f"{n}.weight": rng.standard_normal((256, 256)).astype(np.float32) for n in range(4)}, tmp_path / "m.safetensors")
+    with qc.load(tmp_path / "m.safetensors", "int8", mode="off") as model:
+        wanted = {name: parts(model[name]) for name in model}
+    for failing in range(5):
+        device, calls = small(), [0]
+        real = device.raw.create_buffer
+
+        def refuse(failing: int = failing, calls: Any = calls, real: Any = real, **arguments: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > failing:
+                raise wgpu.GPUValidationError("Validation Error\n\nCaused by:\n  Not enough memory left.")
+            return real(**arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(device.raw, "create_buffer", refuse)
+            with pytest.warns(qc.QuantcacheWarning, match="quantizing on the CPU") as said, qc.load(tmp_path / "m.safetensors", "int8", mode="off", device=device) as model:
+                assert {name: parts(model[name]) for name in model} == wanted
+            assert len(said) == 1
+
+
+def test_nothing_is_moved_twice(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was quantized on the device is used where it is; it stays for the upload, and leaves with it."""
+    gc.collect()
+    before = device.held
+    save_file({"a.weight": rng.standard_normal((1024, 1024)).astype(np.float16)}, tmp_path / "m.safetensors")
+    moved: list[int] = []
+    real = type(device).write
+    with qc.load(tmp_path / "m.safetensors", "nf4", cache=tmp_path / "c", device=device) as model:
+        model.finish()
+        monkeypatch.setattr(type(device), "write", lambda self, buffer, offset, data: (moved.append(len(data)), real(self, buffer, offset, data)))
+        with model.upload(device) as found:
+            assert sum(moved) < 1000
+            want = model["a.weight"].dequantize(np.float32)
+            tensor = found["a.weight"]
+            assert np.array_equal(qc.gpu.dequantize(tensor, np.float32), want)
+            monkeypatch.undo()
+        with model.upload(device) as again:  # which is closed after the model
+            model.close()
+            assert np.array_equal(qc.gpu.dequantize(again["a.weight"], np.float32), want)
+        with pytest.raises(qc.DeviceError, match="closed"):
+            _ = tensor.parts
+    del model, found, again, tensor
+    quantizers.clear()
+    gc.collect()
+    assert device.held == before
+
+
+@pytest.mark.filterwarnings("ignore:quantizing on the CPU")
+def test_a_device_that_fails_in_the_middle(
+    small: Callable[..., Any], tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor of which the CPU did the rest, after the device had no room for another, is not taken for complete there."""
+    save_file({f"{n}.weight": (rng.standard_normal((2048, 4096)) * 0.02).astype(np.float16) for n in range(2)}, tmp_path / "m.safetensors")
+    device = small()
+    real_buffer, real_encode = device.buffer, encode.GpuQuantizer._encode
+    began, asked = threading.Event(), threading.Event()
+
+    def buffer(nbytes: int, what: str) -> Any:
+        if what == "1.weight":
+            raise qc.DeviceOutOfMemory("no room", asked=nbytes, held=0)
+        return real_buffer(nbytes, what)
+
+    def step(self: Any, lane: Any, job: Any, *given: Any) -> Any:
+        if not began.is_set():
+            began.set()
+            assert asked.wait(60)
+        return real_encode(self, lane, job, *given)
+
+    monkeypatch.setattr(device, "buffer", buffer)
+    monkeypatch.setattr(encode.GpuQuantizer, "_encode", step)
+    with qc.load(tmp_path / "m.safetensors", "nf4", mode="off", device=device, threads=1) as model:
+        assert began.wait(60)
+        asking = threading.Thread(target=lambda: model["1.weight"])
+        asking.start()
+        while not model._pipelines[0]._urgent:
+            asked.wait(0.001)
+        asked.set()  # after the first step of one comes the first of the other, which fails
+        model.finish()
+        asking.join(60)
+        assert quantizers[0].steps == 1
+        monkeypatch.undo()
+        with model.upload(device) as found:
+            for name in model:
+                assert {part: device.read(place).tobytes() for part, place in found[name].parts.items()} == parts(model[name])
+
+
+def test_a_device_that_is_lost_meanwhile(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A device that goes between two steps costs a warning, and the load goes on."""
+    save_file({f"{n}.weight": (rng.standard_normal((2048, 4096)) * 0.02).astype(np.float16) for n in range(3)}, tmp_path / "m.safetensors")
+    code = """
+import sys, warnings, numpy as np, quantcache as qc
+from quantcache.loader.gpu import encode
+device, steps, real = qc.gpu.open_device(), [], encode.GpuQuantizer._encode
+encode._STEP = 5 << 20
+def step(self, *given):
+    steps.append(1)
+    if len(steps) == 3:
+        device.raw.destroy()
+    return real(self, *given)
+encode.GpuQuantizer._encode = step
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    with qc.load(sys.argv[1], "nf4", mode="off", device=device, threads=1) as model, qc.load(sys.argv[1], "nf4", mode="off") as other:
+        same = all(np.array_equal(model[name].parts["codes"], other[name].parts["codes"]) for name in other)
+print(same, [str(one.message) for one in said])
+"""
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.safetensors")], capture_output=True, text=True, timeout=120)
+    assert said.stdout.startswith("True ['quantizing on the CPU: "), said.stdout + said.stderr[-2000:]
