@@ -1,13 +1,16 @@
-"""What does a GPU cost: uploads beside torch's copies, memory while streaming, products beside reading the same bytes once.
+"""What does a GPU cost: uploads beside torch's copies, misses on GPU and CPU, memory while streaming, products beside reading once.
 
-One process, contenders alternated, medians. torch is the peer where it sees the same GPU; without it, rows are left out. On a
-software adapter the figures mean nothing, and the benchmark only shows that it runs.
+One process, contenders alternated, medians. torch is the peer where it sees the same GPU; without it, rows are left out. Products
+are timed by the device's own clock, behind a pass that keeps it busy: an idle card lowers its clocks. On a software adapter the
+figures mean nothing, and the benchmark only shows that it runs.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,21 +18,29 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Row, alternate, arguments, median, table, write_json
+from common import Row, alternate, arguments, median, settle, table, write_json
 from models import make, shapes
 
 import quantcache as qc
 from quantcache.quant.codec import quantize
+from quantcache.tensor import BLOCKS, element_name
+
+_STEP = 8 << 20
+
+
+def torch_or_none() -> Any:
+    """Return torch, if it sees a GPU."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch if torch.cuda.is_available() else None
 
 
 def torch_rows(path: Path, nbytes: int) -> list[Row]:
     """Return what torch does with as many bytes: a pinned copy, a pageable one, a pinned ring fed from the mapped file."""
-    try:
-        import torch
-
-        if not torch.cuda.is_available():
-            return []
-    except ImportError:
+    torch = torch_or_none()
+    if torch is None:
         return []
     mapped = torch.from_numpy(np.memmap(path, np.uint8, "c")[:nbytes])
     there = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
@@ -54,118 +65,269 @@ def torch_rows(path: Path, nbytes: int) -> list[Row]:
         torch.cuda.synchronize()
 
     return [
-        Row("torch, pinned", lambda: copied(pinned), nbytes),
+        Row("torch, pinned, into memory that is there", lambda: copied(pinned), nbytes),
         Row("torch, pageable", lambda: copied(mapped), nbytes),
         Row("torch, pinned ring from the mapped file", fed, nbytes),
     ]
 
 
-def uploads(device: Any, folder: Path, size: int, rounds: int) -> dict[str, float]:
+def in_threads(count: int, pieces: list[Any], work: Any) -> None:
+    """Do work for every piece, on several threads."""
+    waiting = list(reversed(pieces))
+
+    def run() -> None:
+        while True:
+            try:
+                piece = waiting.pop()
+            except IndexError:
+                return
+            work(*piece)
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def uploads(device: Any, folder: Path, path: Path, rounds: int) -> dict[str, Any]:
     """Compare ways onto the device; return GB/s by name."""
-    path = folder / "m.safetensors"
-    make(path, shapes("llama", size, 2), "f16")
-    time.sleep(2.2)
     qc.load(path, "nf4", cache=folder / "c").close()
-    rows = []
     with qc.load(path, "nf4", cache=folder / "c") as model:
         nbytes = sum(part.nbytes for name in model for part in model.part_sizes(name))
 
-    def ours(verify: str, threads: int, **how: Any) -> None:
-        with qc.load(path, "nf4", cache=folder / "c", verify=verify) as model, model.upload(device, threads=threads, **how) as found:
-            for _ in found.layers():
-                pass
-            device.settle()
+    def ours(verify: str, threads: int) -> float:
+        with qc.load(path, "nf4", cache=folder / "c", verify=verify) as model:
+            start = time.perf_counter()
+            with model.upload(device, threads=threads):
+                return time.perf_counter() - start
 
-    def whole() -> None:  # what others do: a tensor, a wait, the next one
+    def lazily(verify: str) -> dict[str, float]:
+        first = 0.0
+        with qc.load(path, "nf4", cache=folder / "c", verify=verify) as model:
+            start = time.perf_counter()
+            with model.upload(device, threads=4, lazy=True) as found:
+                for _ in found.layers():
+                    first = first or time.perf_counter() - start
+                device.settle()
+                whole = time.perf_counter() - start
+        how = "unchecked" if verify == "off" else "checked"
+        return {f"lazily, {how}, 4 threads": whole, f"first layer, {how}": first}
+
+    entry = np.memmap(next(folder.glob("c/v*/entries/*/*")), np.uint8, "r")[: nbytes // 4 * 4]
+    size = 256 << 20 if nbytes > 256 << 20 else -(-nbytes // 256) * 256
+    existing = [device.buffer(size, "what is there") for _ in range(-(-entry.size // size))]
+
+    def again() -> None:
+        pieces = [(existing[at // size], at % size, entry[at : min(at + _STEP, (at // size + 1) * size)]) for at in range(0, entry.size, _STEP)]
+        in_threads(4, pieces, device.write)
+        device.settle()
+
+    def made() -> None:
+        buffers = [device.buffer(size, "new") for _ in existing]
+        device.fence()()
+        del buffers
+
+    def whole() -> float:  # what others do: a tensor, a wait, the next one
         with qc.load(path, "nf4", cache=folder / "c", verify="off") as model:
             kept = []
+            start = time.perf_counter()
             for name in model:
                 tensor = model[name]
                 for part in tensor.parts.values() if isinstance(tensor, qc.QuantTensor) else [tensor]:
                     data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-                    buffer = device.raw.create_buffer(size=-(-data.size // 4) * 4, usage=device._storage)
+                    buffer = device.buffer(-(-data.size // 4) * 4, "a tensor")
                     device.raw.queue.write_buffer(buffer, 0, data, 0, data.size // 4 * 4)
-                    device.raw.queue.submit([])
                     kept.append(buffer)
                 device.fence()()
+            return time.perf_counter() - start
 
-    for threads in (1, 4, 8):
-        rows.append(Row(f"upload, unchecked, {threads} threads", lambda t=threads: ours("off", t), nbytes))
-        rows.append(Row(f"upload, checked, {threads} threads", lambda t=threads: ours("touch", t), nbytes))
-    rows.append(Row("lazily, a whole pass, checked", lambda: ours("touch", 4, lazy=True), nbytes))
-    rows.append(Row("a tensor and a wait at a time, unchecked", whole, nbytes))
+    rows = [Row(f"upload, unchecked, {threads} threads", lambda t=threads: ours("off", t), nbytes) for threads in (1, 4, 8)]
+    rows += [Row(f"upload, checked, {threads} threads", lambda t=threads: ours("touch", t), nbytes) for threads in (1, 4, 8)]
+    rows += [Row("lazily, unchecked", lambda: lazily("off"), nbytes), Row("lazily, checked", lambda: lazily("touch"), nbytes)]
+    rows += [Row("the same bytes into buffers that are there, 4 threads", again, nbytes), Row("making and dropping the buffers alone", made, nbytes)]
+    rows += [Row("a tensor and a wait at a time, unchecked", whole, nbytes)]
     rows += torch_rows(next(folder.glob("c/v*/entries/*/*")), nbytes)
-    found = {name: nbytes / median(values) / 1e9 for name, values in alternate(rows, rounds).items()}
-    pinned = found.get("torch, pinned", float("nan"))
+    seconds = {name: median(values) for name, values in alternate(rows, rounds).items()}
+    firsts = {name: seconds.pop(name) for name in list(seconds) if name.startswith("first layer")}
+    found = {name: nbytes / value / 1e9 for name, value in seconds.items()}
+    pinned = found.get("torch, pinned, into memory that is there", float("nan"))
     table(f"Onto {device.name}, {nbytes / 1e6:.0f} MB of nf4", ("way", "GB/s", "of torch, pinned"), [(n, rate, rate / pinned) for n, rate in found.items()])
+    table("The first layer of a lazy model", ("what", "ms"), [(name, value * 1e3) for name, value in firsts.items()])
+    return {"GB/s": found, "seconds": firsts, "bytes": nbytes}
+
+
+def misses(device: Any, folder: Path, path: Path, rounds: int) -> dict[str, Any]:
+    """Compare misses that quantize on the GPU and on the CPU, until everything is on the device."""
+    nbytes = path.stat().st_size
+
+    def source() -> float:
+        with qc.load(path, "native", mode="off") as model:
+            start = time.perf_counter()
+            with model.upload(device, threads=4):
+                return time.perf_counter() - start
+
+    def miss(on: Any, threads: int, *, stored: bool) -> float:
+        shutil.rmtree(folder / "miss", ignore_errors=True)
+        how: dict[str, Any] = {"cache": folder / "miss"} if stored else {"mode": "off"}
+        start = time.perf_counter()
+        with qc.load(path, "nf4", device=on, threads=threads, **how) as model, model.upload(device):
+            return time.perf_counter() - start
+
+    rows = [Row("upload of the source's bytes alone", source, nbytes)]
+    for stored in (False, True):
+        end = ", stored" if stored else ""
+        rows.append(Row(f"miss on the GPU{end}", lambda s=stored: miss(device, 0, stored=s), nbytes))
+        for threads in (2, 4, 0):
+            name = f"{threads} threads" if threads else "all cores"
+            rows.append(Row(f"miss on the CPU, {name}{end}", lambda s=stored, t=threads: miss(None, t, stored=s), nbytes))
+    found = {name: nbytes / median(values) / 1e9 for name, values in alternate(rows, rounds, lambda: settle(min(nbytes, 2 << 30))).items()}
+    alone = found["upload of the source's bytes alone"]
+    table(f"Until {nbytes / 1e6:.0f} MB of float16 are nf4 on the device", ("way", "GB/s of source", "of the upload"), [(n, rate, rate / alone) for n, rate in found.items()])
     return found
 
 
-def products(device: Any, rounds: int, sizes: list[tuple[int, int]], most: int) -> dict[str, float]:
-    """Compare matrix-vector products with reading the same bytes once; return GB/s of stored bytes by name."""
-    lines, found = [], {}
-    source = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(np.float16)
-    for rows, width in sizes:
-        weights = np.resize(source, (rows, width))
-        for kind in ("f16", "int8", "int8-row", "nf4"):
-            parts = {"values": weights} if kind == "f16" else quantize(kind, weights)[1]
-            tensors = [_tensor(device, kind, (rows, width), parts) for _ in range(min(most, max(1, (512 << 20) // sum(p.nbytes for p in parts.values()))))]
-            x, y = device.buffer(width * 4, "x"), device.buffer(rows * 4, "y")
+def memory(device: Any, path: Path) -> dict[str, float]:
+    """Return the extra memory that streaming a large file takes, in MB: anonymous here, and on the device where torch can say."""
+    torch = torch_or_none()
 
-            def call(tensors: Any = tensors, x: Any = x, y: Any = y) -> None:
-                encoder = device.encoder()
-                with device.compute_pass(encoder) as within:
-                    for tensor in tensors:  # other bytes every time: no cache has them
-                        qc.gpu.record_matvec(within, tensor, (x, 0, x.size), (y, 0, y.size))
-                device.read((y, 0, 4), before=encoder)
+    def anonymous() -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")) * 1024
 
-            nbytes = sum(tensor.nbytes for tensor in tensors)
-            reading = _reader(device, [binding for tensor in tensors for binding in list(tensor.parts.values())[:1]])
-            seconds = alternate([Row("product", call, nbytes), Row("read", reading, nbytes)], rounds)
-            rate, least = nbytes / median(seconds["product"]) / 1e9, nbytes / median(seconds["read"]) / 1e9
-            found[f"{kind} {rows}x{width}"] = rate
-            lines.append((f"{kind}, {rows} x {width}", rate, least, rate / least, len(tensors)))
-            del tensors, call, reading
-    table(f"Products on {device.name}", ("tensor", "GB/s", "GB/s, read once", "ratio", "tensors in a submission"), lines)
-    return found
+    def used() -> int:
+        if torch is None:
+            return 0
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free)
 
+    before, peak, stop = (anonymous(), used()), [0, 0], threading.Event()
 
-def _tensor(device: Any, kind: str, shape: tuple[int, int], parts: Any) -> Any:
-    from quantcache.loader.gpu.tensors import Home
-    from quantcache.tensor import element_name
+    def watch() -> None:
+        while not stop.wait(0.002):
+            peak[:] = max(peak[0], anonymous()), max(peak[1], used())
 
-    pieces = {}
-    for name, part in parts.items():
-        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-        buffer = device.buffer(-(-data.size // 256) * 256, name)
-        device.write(buffer, 0, data)
-        pieces[name] = ((buffer, 0, data.size),)
-    return qc.gpu.GpuTensor(kind, shape, {n: element_name(p.dtype) for n, p in parts.items()}, device, Home(), pieces)
+    thread = threading.Thread(target=watch)
+    with qc.load(path, "native", mode="off") as model:
+        thread.start()
+        with model.upload(device, threads=4) as found:
+            stop.set()
+            thread.join()
+            result = found.nbytes
+    figures = {"streamed": result / 1e6, "extra here": max(0, peak[0] - before[0]) / 1e6}
+    if torch is not None:
+        figures["extra on the device"] = max(0, peak[1] - before[1] - result) / 1e6
+    table("Memory while streaming, MB", ("what", "MB"), list(figures.items()))
+    return figures
 
 
-_READ = """
+class _Clock:
+    """Time compute passes by the device's clock, behind work that keeps it busy."""
+
+    _BUSY = """
 @group(0) @binding(0) var<storage, read> source: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read_write> out: array<u32>;
+@group(0) @binding(2) var<uniform> settings: vec4<u32>;
 @compute @workgroup_size(256)
 fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
   var sum = vec4<u32>(0u);
-  for (var at = id.x; at < arrayLength(&source); at += groups.x * 256u) { sum ^= source[at]; }
+  for (var turn = 0u; turn < settings.x; turn += 1u) {
+    for (var at = id.x; at < arrayLength(&source); at += groups.x * 256u) { sum ^= source[at] + turn; }
+  }
   if ((sum.x ^ sum.y ^ sum.z ^ sum.w) == 0x12345678u) { out[0] = 1u; }
 }
 """
 
+    def __init__(self, device: Any, nbytes: int, turns: int) -> None:
+        self._device = device
+        self._queries = device.raw.create_query_set(type="timestamp", count=2)
+        self._ticks = device.raw.create_buffer(size=256, usage="QUERY_RESOLVE|COPY_SRC|COPY_DST")
+        self.source, self._out = device.buffer(nbytes, "work"), device.buffer(256, "nothing")
+        self._turns = turns
 
-def _reader(device: Any, bindings: list[Any]) -> Any:
-    pipeline, out = device.pipeline(_READ), device.buffer(256, "nothing")
+    def read(self, within: Any, binding: Any, turns: int = 1, out: Any = None) -> None:
+        """Record one reading of a buffer, or several."""
+        device = self._device
+        bindings = [binding, (out or self._out, 0, 256), device.uniform(turns)]
+        device.dispatch(within, device.pipeline(self._BUSY), bindings, min(8192, max(1, binding[2] // 65536)))
 
-    def call() -> None:
-        encoder = device.encoder()
-        with device.compute_pass(encoder) as within:
-            for binding in bindings:
-                device.dispatch(within, pipeline, [binding, (out, 0, 256)], min(8192, max(1, binding[2] // 65536)))
-        device.read((out, 0, 4), before=encoder)
+    def seconds(self, record: Any) -> float:
+        """Return what a pass takes on the device."""
+        encoder = self._device.encoder()
+        with self._device.compute_pass(encoder) as within:
+            self.read(within, (self.source, 0, self.source.size), self._turns)
+        marks = {"query_set": self._queries, "beginning_of_pass_write_index": 0, "end_of_pass_write_index": 1}
+        timed = encoder.begin_compute_pass(timestamp_writes=marks)
+        record(timed)
+        timed.end()
+        encoder.resolve_query_set(self._queries, 0, 2, self._ticks, 0)
+        begin, end = self._device.read((self._ticks, 0, 16), before=encoder).view(np.uint64)
+        return float(end - begin) * 1e-9
 
-    return call
+
+def products(device: Any, rounds: int, sizes: list[tuple[int, int]], total: int) -> dict[str, Any]:
+    """Compare products of matrices and vectors with reading the same bytes once; return GB/s of stored bytes by name."""
+    if "timestamp-query" not in device.features:
+        return {}
+    clock = _Clock(device, total, 60 if total > 100 << 20 else 1)
+    lines, found = [], {}
+    rng = np.random.default_rng(0)
+    source = (rng.standard_normal(1 << 20) * 0.02).astype(np.float16)
+    noise = rng.integers(0, 256, 1 << 20, np.uint8)
+    for rows, width in sizes:
+        for kind in ("f16", "int8", "int8-row", "nf4", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"):
+            parts = _parts(kind, rows, width, source, noise)
+            nbytes = sum(part.nbytes for part in parts.values())
+            tensors = [_tensor(device, kind, (rows, width), parts) for _ in range(max(1, total // nbytes))]
+            whole = nbytes * len(tensors)
+            outs = [device.buffer(256, "nothing") for _ in tensors]
+
+            def reading(within: Any, each: int = nbytes // 256 * 256, outs: Any = outs) -> None:
+                for number, out in enumerate(outs):
+                    clock.read(within, (clock.source, number * each, each), out=out)
+
+            seconds: dict[str, list[float]] = {}
+            for turn in range(rounds + 1):
+                for batch in (0, 1, 8):
+                    if batch:
+                        x, ys = device.buffer(width * 4 * batch, "x"), [device.buffer(rows * 4 * batch, "y") for _ in tensors]
+
+                        def record(within: Any, tensors: Any = tensors, x: Any = x, ys: Any = ys, batch: int = batch) -> None:
+                            for tensor, y in zip(tensors, ys, strict=True):  # other bytes every time: no cache has them
+                                qc.gpu.record_matvec(within, tensor, (x, 0, x.size), (y, 0, y.size), batch)
+
+                    taken = clock.seconds(record if batch else reading)
+                    if turn:
+                        seconds.setdefault(str(batch), []).append(taken)
+            read, one, eight = (whole / median(seconds[key]) / 1e9 for key in ("0", "1", "8"))
+            found[f"{kind} {rows}x{width}"] = {"read": read, "vector": one, "batch of 8": eight}
+            lines.append((f"{kind}, {rows} x {width}", one, read, one / read, eight))
+            del tensors
+    table(f"Products on {device.name}", ("matrix", "vector, GB/s", "read once, GB/s", "ratio", "batch of 8, GB/s"), lines)
+    return found
+
+
+def _parts(kind: str, rows: int, width: int, source: Any, noise: Any) -> dict[str, Any]:
+    """Return stored parts of a matrix: of a few rows again and again, since only their size matters."""
+    if kind in BLOCKS:
+        return {"blocks": np.resize(noise, rows * width // BLOCKS[kind][0] * BLOCKS[kind][1])}
+    few = np.resize(source, (64, width))
+    if kind == "f16":
+        return {"values": np.resize(few, (rows, width))}
+    made = quantize(kind, few)[1]
+    return {name: np.resize(part, part.size * rows // 64) if part.size > 64 or name in ("scales", "absmax") else part for name, part in made.items()}
+
+
+def _tensor(device: Any, kind: str, shape: tuple[int, int], parts: Any) -> Any:
+    from quantcache.loader.gpu.tensors import Home
+
+    pieces = {}
+    for name, part in parts.items():
+        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        buffer = device.buffer(-(-max(data.size, 4) // 256) * 256, name)
+        if data.size:
+            device.write(buffer, 0, data)
+        pieces[name] = ((buffer, 0, data.size),)
+    return qc.gpu.GpuTensor(kind, shape, {n: element_name(p.dtype) for n, p in parts.items()}, device, Home(), pieces)
 
 
 def main() -> None:
@@ -176,10 +338,22 @@ def main() -> None:
     except qc.DeviceUnavailable as error:
         print(f"no GPU: {error.message}")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        rates = uploads(device, Path(folder), 10_000_000 if options.quick else 4_000_000_000, options.rounds)
-    sizes = [(256, 256)] if options.quick else [(4096, 4096), (14336, 4096), (16384, 16384)]
-    write_json(options.json, {"gpu": device.name, "upload, GB/s": rates, "products, GB/s": products(device, options.rounds, sizes, 4 if options.quick else 64)})
+    figures: dict[str, Any] = {"gpu": device.name}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "m.safetensors"
+        make(path, shapes("llama", 10_000_000 if options.quick else 8_000_000_000, 2), "f16")
+        time.sleep(2.2)  # younger files are digested again
+        figures["uploads"] = uploads(device, folder, path, options.rounds)
+        figures["memory, MB"] = memory(device, path)
+        write_json(options.json, figures)
+        if not options.quick:
+            make(path, shapes("llama", 3_000_000_000, 2), "f16")
+        figures["misses"] = misses(device, folder, path, options.rounds)
+        write_json(options.json, figures)
+    sizes = [(256, 256)] if options.quick else [(4096, 4096), (16384, 4096), (16384, 16384)]
+    figures["products, GB/s"] = products(device, options.rounds, sizes, (1 if options.quick else 512) << 20)
+    write_json(options.json, figures)
 
 
 if __name__ == "__main__":
