@@ -82,6 +82,7 @@ class _Group:
         self.home: Home | None = None
         self.tensors: dict[str, GpuTensor] = {}
         self.loading = False
+        self.apart = False  # the budget does not take it beside the layer before it
         self.reserved = 0  # bytes that count against the budget, from before it is loaded until it leaves
 
 
@@ -297,7 +298,7 @@ class GpuModel(Mapping[str, GpuTensor]):
     def _ask_next(self, group: _Group) -> None:
         """Have the next layer come, if it fits beside this one: how large it is, its thread finds out, a miss may have to be waited for."""
         following = self._groups[group.number + 1 : group.number + 2]
-        if not self._lazy or not following or following[0].home is not None or following[0].loading:
+        if not self._lazy or not following or following[0].home is not None or following[0].loading or following[0].apart:
             return
         following[0].loading = True
         self._wanted.append((following[0], group))
@@ -334,6 +335,7 @@ class GpuModel(Mapping[str, GpuTensor]):
         with self._changed:
             while True:
                 if beside is not None and beside.reserved + size > self._budget:
+                    group.apart = True
                     return False
                 taken = sum(other.reserved for other in self._groups)
                 while taken + size > self._budget and self._resident:
