@@ -109,10 +109,8 @@ def test_weights_and_products(device: Any, path: Path, tmp_path: Path, quant: st
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"])
-def test_blocks_as_they_are(device: Any, tmp_path: Path, kind: str) -> None:
+def test_blocks_as_they_are(device: Any, tmp_path: Path, write_blocks: Callable[..., Path], kind: str) -> None:
     """GGUF blocks of random bits are decoded on the device as the reference does, and multiplied where they are."""
-    import gguf
-
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
     rows, width = 37, 768
     count = rows * width // BLOCKS[kind][0]
@@ -122,12 +120,7 @@ def test_blocks_as_they_are(device: Any, tmp_path: Path, kind: str) -> None:
     for name in ("d", "dmin"):
         if name in (layout.names or ()):
             fields[name] = (rng.standard_normal(count) * 10.0 ** rng.uniform(-7, 1, count)).astype(np.float16)  # subnormal ones, too
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_tensor("blk.0.ffn_up.weight", raw.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_blocks(tmp_path / "m.gguf", kind, raw.reshape(rows, -1))
     with qc.load(tmp_path / "m.gguf", "native", mode="off") as model, model.upload(device) as found:
         tensor, mine = found["blk.0.ffn_up.weight"], model["blk.0.ffn_up.weight"]
         assert tensor.codec == kind
@@ -326,7 +319,7 @@ def test_no_memory(small: Callable[..., Any], path: Path, tmp_path: Path, monkey
             assert len(found) == len(model)
 
 
-def test_many_threads(device: Any, path: Path, tmp_path: Path) -> None:
+def test_many_threads(device: Any, path: Path, tmp_path: Path, in_threads: Callable[..., None]) -> None:
     """Threads that ask for the layers of a lazy model in any order all get the right ones."""
     qc.load(path, "int8", cache=tmp_path / "c").close()
     with qc.load(path, "int8", cache=tmp_path / "c") as model, model.upload(device, lazy=True) as found:
@@ -337,11 +330,7 @@ def test_many_threads(device: Any, path: Path, tmp_path: Path) -> None:
                 if there(found[name]) != stored(model[name]):
                     wrong.append(name)
 
-        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
+        in_threads(4, ask)
         assert not wrong
 
 
@@ -463,7 +452,7 @@ def test_closing_in_the_middle(device: Any, path: Path, tmp_path: Path, monkeypa
     assert device.held == before
 
 
-def test_a_budget_with_many_threads(device: Any, path: Path, tmp_path: Path) -> None:
+def test_a_budget_with_many_threads(device: Any, path: Path, tmp_path: Path, in_threads: Callable[..., None]) -> None:
     """Threads that want different layers at once wait for each other's: what is held never passes the budget."""
     qc.load(path, "nf4", cache=tmp_path / "c").close()
     with qc.load(path, "nf4", cache=tmp_path / "c") as model:
@@ -477,12 +466,7 @@ def test_a_budget_with_many_threads(device: Any, path: Path, tmp_path: Path) -> 
                     if there(found[name]) != stored(model[name]) or found.nbytes > 2 * max(sizes):
                         wrong.append(name)
 
-            threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(120)
-            assert not any(thread.is_alive() for thread in threads)
+            in_threads(6, ask)
             assert not wrong
 
 
@@ -543,7 +527,7 @@ def test_what_left_is_closed_too(device: Any, path: Path, tmp_path: Path) -> Non
             _ = held.parts
 
 
-def test_many_threads_and_a_damaged_entry(device: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_and_a_damaged_entry(device: Any, path: Path, tmp_path: Path, in_threads: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """While one thread has an entry built again, the others wait for what they ask; all get the right bytes."""
     from quantcache.loader import shards
 
@@ -565,16 +549,9 @@ def test_many_threads_and_a_damaged_entry(device: Any, path: Path, tmp_path: Pat
         wrong: list[Any] = []
 
         def ask(seed: int) -> None:
-            try:
-                for name in np.random.default_rng(seed).permutation(list(found)):
-                    if there(found[name]) != right[name]:
-                        wrong.append(name)
-            except BaseException as error:
-                wrong.append(error)
+            for name in np.random.default_rng(seed).permutation(list(found)):
+                if there(found[name]) != right[name]:
+                    wrong.append(name)
 
-        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
+        in_threads(3, ask)
         assert not wrong

@@ -171,7 +171,7 @@ def test_a_device_that_divides_badly(device: Any, tmp_path: Path, quantizers: li
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q5_0"])
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_blocks(
-    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, write_gguf: Callable[..., Any], kind: str, quant: str
+    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, write_blocks: Callable[..., Path], kind: str, quant: str
 ) -> None:
     """GGUF blocks that are to be converted are decoded on the GPU; of a type that no shader decodes, on the CPU."""
     from quantcache.quant.blocks import block_type
@@ -183,14 +183,7 @@ def test_blocks(
     for name in ("d", "dmin"):
         if name in (layout.names or ()):
             raw.reshape(-1).view(layout)[name] = (rng.standard_normal(count) * 0.01).astype(np.float16)
-    import gguf
-
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_tensor("blk.0.ffn_up.weight", raw.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_blocks(tmp_path / "m.gguf", kind, raw.reshape(rows, -1))
     same(tmp_path, tmp_path / "m.gguf", device, quant=quant, native="convert")
     assert bool(quantizers[0].steps) == (kind != "Q5_0")
 
