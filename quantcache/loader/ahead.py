@@ -219,7 +219,7 @@ class Stored:
         self._address = np.frombuffer(entry.memory, np.uint8).__array_interface__["data"][0]
         self._lock = threading.Lock()
         self._tensors: dict[str, _Bringing] = {}
-        self._fine: set[str] = set()  # small ones, checked by whoever asked
+        self._fine: set[str] = set()  # checked by whoever asked: small ones, and what an upload moved
         self._reader: Reader | None = None  # while pieces are to be read from disk
         self._unread = 0
 
@@ -234,13 +234,14 @@ class Stored:
 
     def _wanting(self, key: str) -> bool:
         """Return whether reading ahead does something for a tensor: if it is to be checked, or is not in the page cache."""
-        start = self._address + self.entry.header.offsets[key]
-        return self._check or not is_cached(start, self.entry.header.slots[key].nbytes)
+        return (self._check and key not in self._fine) or not self._cached(key)
+
+    def _cached(self, key: str) -> bool:
+        return is_cached(self._address + self.entry.header.offsets[key], self.entry.header.slots[key].nbytes)
 
     def is_warm(self, keys: Iterable[str]) -> bool:
         """Return whether tensors are in the page cache, as far as a few pages tell."""
-        start, header = self._address, self.entry.header
-        return all(is_cached(start + header.offsets[key], header.slots[key].nbytes) for key in keys if header.slots[key].nbytes)
+        return all(self._cached(key) for key in keys if self.entry.header.slots[key].nbytes)
 
     def fault_in(self, keys: Iterable[str]) -> bool:
         """Have the system map tensors that nobody checks, so that touching them cannot fail; return whether it could."""
@@ -270,13 +271,12 @@ class Stored:
     def unchecked(self, key: str) -> Check | None:
         """Return a check that somebody else may do who is to read all of a tensor anyway; None if there is nothing to check.
 
-        What has to come from disk first is better brought and checked by `intact`: None, too.
+        What was asked for by read_ahead is `intact`'s: None, too. So has to be what comes from disk, which it does faster.
         """
         slot = self.entry.header.slots[key]
         if not self._check or key in self._fine or key in self._tensors or not slot.nbytes:
             return None
-        start = self._address + self.entry.header.offsets[key]
-        return Check(self, key, slot.chunk, slot.chunks) if is_cached(start, slot.nbytes) else None
+        return Check(self, key, slot.chunk, slot.chunks)
 
     def passed(self, key: str) -> None:
         """Take somebody's word for it."""
@@ -309,7 +309,7 @@ class Stored:
         chunks, each = slot.chunks, max(1, _PIECE // slot.chunk)
         found: list[bytes] = [b""] * chunks
         start = self.entry.header.offsets[key]
-        cached = is_cached(self._address + start, slot.nbytes)
+        cached = self._cached(key)
         if not cached:
             self._unread += -(-chunks // each)
 

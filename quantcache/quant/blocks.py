@@ -68,7 +68,7 @@ class BlockType:
         """How a GPU gets at the weights; None if it does not."""
         if not self.shader:
             return None
-        return WeightShader({"blocks": "array<u32>"}, "".join(map(read, ("blocks.wgsl", *self.shader))))
+        return WeightShader({"blocks": "array<u32>"}, "".join(map(read, ("half.wgsl", "blocks.wgsl", *self.shader))))
 
     @property
     def weights(self) -> int:

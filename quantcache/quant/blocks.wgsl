@@ -11,14 +11,9 @@ fn qc_words(byte: u32) -> vec2<u32> {
   return vec2<u32>((low >> 16u) | (middle << 16u), (middle >> 16u) | (qc_blocks[at + 2u] << 16u));
 }
 
-// a float16 at an even byte; subnormal ones, too, whatever the device does to them
+// a float16 at an even byte
 fn qc_half_at(byte: u32) -> f32 {
-  let bits = (qc_blocks[byte >> 2u] >> (8u * (byte & 2u))) & 0xffffu;
-  let magnitude = bits & 0x7fffu;
-  var value = bitcast<f32>((magnitude << 13u) + 0x38000000u);
-  if (magnitude >= 0x7c00u) { value = bitcast<f32>(0x7f800000u | ((magnitude & 0x3ffu) << 13u)); }
-  if (magnitude < 0x400u) { value = f32(magnitude) * 5.9604644775390625e-8; }
-  return select(value, -value, (bits & 0x8000u) != 0u);
+  return bitcast<f32>(qc_wide((qc_blocks[byte >> 2u] >> (8u * (byte & 2u))) & 0xffffu));
 }
 
 fn qc_bytes(word: u32) -> vec4<u32> {

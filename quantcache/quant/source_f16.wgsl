@@ -1,9 +1,2 @@
-// Weight number i of float16 source, as the bits of a float32; subnormal ones, too, whatever the device does to them.
-fn qc_bits(i: u32) -> u32 {
-  let bits = (qc_source[i >> 1u] >> (16u * (i & 1u))) & 0xffffu;
-  let magnitude = bits & 0x7fffu;
-  var wide = (magnitude << 13u) + 0x38000000u;
-  if (magnitude >= 0x7c00u) { wide = 0x7f800000u | ((magnitude & 0x3ffu) << 13u); }
-  if (magnitude < 0x400u) { wide = bitcast<u32>(f32(magnitude) * 5.9604644775390625e-8); }
-  return ((bits & 0x8000u) << 16u) | wide;
-}
+// Weight number i of float16 source, as the bits of a float32.
+fn qc_bits(i: u32) -> u32 { return qc_wide((qc_source[i >> 1u] >> (16u * (i & 1u))) & 0xffffu); }

@@ -96,7 +96,7 @@ class EncodeShader:
 @group(0) @binding(1) var<storage, read_write> qc_status: array<u32>;
 @group(0) @binding(2) var<uniform> qc_settings: vec4<u32>;
 {places}fn qc_weights() -> u32 {{ return qc_settings.x; }}
-{read(f"source_{element.lower()}.wgsl")}{read("encode.wgsl")}{self.source}
+{read("half.wgsl")}{read(f"source_{element.lower()}.wgsl")}{read("encode.wgsl")}{self.source}
 @compute @workgroup_size({self.lanes})
 fn main(@builtin(workgroup_id) id: vec3<u32>, @builtin(num_workgroups) count: vec3<u32>, @builtin(local_invocation_index) lane: u32) {{
   qc_encode(id.y * count.x + id.x, lane);

@@ -148,23 +148,6 @@ def small(device: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def write_blocks() -> Callable[[Path, str, Any], Path]:
-    """Return a function that writes one matrix of GGML blocks, [rows, bytes], with the gguf package."""
-    import gguf
-
-    def write(path: Path, kind: str, raw: Any) -> Path:
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=gguf.GGMLQuantizationType[kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return write
-
-
-@pytest.fixture(scope="session")
 def in_threads() -> Callable[[int, Callable[[int], None]], None]:
     """Return a function that runs something in several threads, each with its number, and fails if one does, or does not end."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from safetensors.numpy import save_file
 
 import quantcache as qc
@@ -44,6 +45,14 @@ def stored(tensor: Any) -> dict[str, bytes]:
     """Return the bytes of a tensor's parts."""
     parts = tensor.parts if isinstance(tensor, qc.QuantTensor) else {"values": tensor}
     return {name: np.ascontiguousarray(part).tobytes() for name, part in parts.items()}
+
+
+def damage(folder: Path, position: int | None = None) -> None:
+    """Change one bit of the only entry of a store: at a place of its file, or of its first tensor."""
+    (entry,) = folder.glob("c/v*/entries/*/*.safetensors")
+    raw = bytearray(entry.read_bytes())
+    raw[8 + int.from_bytes(raw[:8], "little") if position is None else position] ^= 1
+    entry.write_bytes(raw)
 
 
 def there(tensor: Any) -> dict[str, bytes]:
@@ -109,7 +118,7 @@ def test_weights_and_products(device: Any, path: Path, tmp_path: Path, quant: st
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"])
-def test_blocks_as_they_are(device: Any, tmp_path: Path, write_blocks: Callable[..., Path], kind: str) -> None:
+def test_blocks_as_they_are(device: Any, tmp_path: Path, write_gguf: Callable[..., Path], kind: str) -> None:
     """GGUF blocks of random bits are decoded on the device as the reference does, and multiplied where they are."""
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
     rows, width = 37, 768
@@ -120,7 +129,8 @@ def test_blocks_as_they_are(device: Any, tmp_path: Path, write_blocks: Callable[
     for name in ("d", "dmin"):
         if name in (layout.names or ()):
             fields[name] = (rng.standard_normal(count) * 10.0 ** rng.uniform(-7, 1, count)).astype(np.float16)  # subnormal ones, too
-    write_blocks(tmp_path / "m.gguf", kind, raw.reshape(rows, -1))
+    tensor = int(GGMLQuantizationType[kind]), (rows, width), raw.tobytes()
+    write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_up.weight": tensor}, {"general.architecture": "llama"})
     with qc.load(tmp_path / "m.gguf", "native", mode="off") as model, model.upload(device) as found:
         tensor, mine = found["blk.0.ffn_up.weight"], model["blk.0.ffn_up.weight"]
         assert tensor.codec == kind
@@ -136,10 +146,7 @@ def test_a_damaged_tensor_never_gets_there(device: Any, path: Path, tmp_path: Pa
     """What is not what was stored is built again, and that is what arrives."""
     with qc.load(path, "int8", cache=tmp_path / "c") as model:
         right = {name: stored(model[name]) for name in model}
-    (entry,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
-    raw = bytearray(entry.read_bytes())
-    raw[-5000] ^= 1
-    entry.write_bytes(raw)
+    damage(tmp_path, -5000)
     with pytest.warns(qc.QuantcacheWarning, match="damaged"), qc.load(path, "int8", cache=tmp_path / "c") as model, model.upload(device) as found:
         assert {name: there(found[name]) for name in found} == right
 
@@ -161,9 +168,7 @@ def test_a_flipped_byte_anywhere(device: Any, tmp_path: Path, quant: str, how: d
     whole = entry.read_bytes()
     first = 8 + int.from_bytes(whole[:8], "little")
     for position in (first, len(whole) - 1, *rng.integers(first, len(whole), 6)):
-        raw = bytearray(entry.read_bytes())
-        raw[position] ^= 1
-        entry.write_bytes(raw)
+        damage(tmp_path, position)
         with pytest.warns(qc.QuantcacheWarning, match="damaged"), qc.load(path, quant, cache=tmp_path / "c") as model, model.upload(device, **how) as found:
             assert {name: there(found[name]) for name in found} == right
             assert not model.hit
@@ -207,10 +212,7 @@ def test_a_bad_sector_under_half_of_a_tensor(device: Any, tmp_path: Path, monkey
     save_file({"w.weight": np.random.default_rng().standard_normal((3000, 1024)).astype(np.float16)}, path)
     with qc.load(path, "int8", cache=tmp_path / "c") as model:
         right = stored(model["w.weight"])
-    (entry,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
-    raw = bytearray(entry.read_bytes())
-    raw[8 + int.from_bytes(raw[:8], "little")] ^= 1  # in the first step
-    entry.write_bytes(raw)
+    damage(tmp_path)  # in the first step
     calls: list[int] = []
     real = upload.populate
 
@@ -533,10 +535,7 @@ def test_many_threads_and_a_damaged_entry(device: Any, path: Path, tmp_path: Pat
 
     with qc.load(path, "int8", cache=tmp_path / "c") as model:
         right = {name: stored(model[name]) for name in model}
-    (entry,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
-    raw = bytearray(entry.read_bytes())
-    raw[-5000] ^= 1
-    entry.write_bytes(raw)
+    damage(tmp_path, -5000)
     real = shards.Shard.start
 
     def start(self: Any, *given: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from safetensors.numpy import save_file
 
 import quantcache as qc
@@ -171,7 +172,7 @@ def test_a_device_that_divides_badly(device: Any, tmp_path: Path, quantizers: li
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q5_0"])
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_blocks(
-    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, write_blocks: Callable[..., Path], kind: str, quant: str
+    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, write_gguf: Callable[..., Path], kind: str, quant: str
 ) -> None:
     """GGUF blocks that are to be converted are decoded on the GPU; of a type that no shader decodes, on the CPU."""
     from quantcache.quant.blocks import block_type
@@ -183,7 +184,8 @@ def test_blocks(
     for name in ("d", "dmin"):
         if name in (layout.names or ()):
             raw.reshape(-1).view(layout)[name] = (rng.standard_normal(count) * 0.01).astype(np.float16)
-    write_blocks(tmp_path / "m.gguf", kind, raw.reshape(rows, -1))
+    tensor = int(GGMLQuantizationType[kind]), (rows, width), raw.tobytes()
+    write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_up.weight": tensor}, {"general.architecture": "llama"})
     same(tmp_path, tmp_path / "m.gguf", device, quant=quant, native="convert")
     assert bool(quantizers[0].steps) == (kind != "Q5_0")
 

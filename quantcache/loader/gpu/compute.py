@@ -219,27 +219,25 @@ def _product_source(shader: WeightShader, batch: int, *, fast: bool, subgroups: 
     """Return a shader that multiplies: a workgroup takes a few rows, its threads the columns in turn."""
     sums = [(r, b) for r in range(_ROWS) for b in range(batch)]
     zeros = "\n  ".join(f"var s{r}_{b} = 0.0;" for r, b in sums)
+    # lanes that stand side by side read what stands side by side, of the weights and of the vectors
     if fast:
-        # lanes that stand side by side read what stands side by side, of the weights and of the vectors
+        place, end, read = "unit", "units", "qc_unit"
         loads = "\n".join(f"    let x{b}_{k} = x[((settings2.x + {b}u) * units + unit) * 2u + {k}u];" for b in range(batch) for k in range(2))
-        if shader.has_dot and batch == 1:
-            rows = "\n".join(f"    s{r}_0 += qc_dot(min(row + {r}u, last), unit, settings.x, x0_0, x0_1);" for r in range(_ROWS))
-        else:
-            rows = "\n".join(
-                f"    {{ let w = qc_unit(min(row + {r}u, last), unit, settings.x);\n"
-                + "\n".join(f"      s{r}_{b} += dot(w[0], x{b}_0) + dot(w[1], x{b}_1);" for b in range(batch))
-                + "\n    }"
-                for r in range(_ROWS)
-            )
-        loop = f"for (var unit = lane; unit < units; unit += {_THREADS}u) {{\n{loads}\n{rows}\n  }}"
+        terms = [f"dot(w[0], x{b}_0) + dot(w[1], x{b}_1)" for b in range(batch)]
+    else:
+        place, end, read = "column", "settings.x", "qc_weight"
+        loads = "\n".join(f"    let x{b} = x[(settings2.x + {b}u) * settings.x + column];" for b in range(batch))
+        terms = [f"w * x{b}" for b in range(batch)]
+    if fast and shader.has_dot and batch == 1:
+        rows = "\n".join(f"    s{r}_0 += qc_dot(min(row + {r}u, last), unit, settings.x, x0_0, x0_1);" for r in range(_ROWS))
     else:
         rows = "\n".join(
-            f"    {{ let w = qc_weight(min(row + {r}u, last), column, settings.x);\n"
-            + "\n".join(f"      s{r}_{b} += w * x[(settings2.x + {b}u) * settings.x + column];" for b in range(batch))
+            f"    {{ let w = {read}(min(row + {r}u, last), {place}, settings.x);\n"
+            + "\n".join(f"      s{r}_{b} += {term};" for b, term in enumerate(terms))
             + "\n    }"
             for r in range(_ROWS)
         )
-        loop = f"for (var column = lane; column < settings.x; column += {_THREADS}u) {{\n{rows}\n  }}"
+    loop = f"for (var {place} = lane; {place} < {end}; {place} += {_THREADS}u) {{\n{loads}\n{rows}\n  }}"
     count = len(sums)
     if subgroups:
         each = _THREADS // _SUBGROUP  # workgroup memory is zeroed first: the less, the better

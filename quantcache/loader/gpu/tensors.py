@@ -241,7 +241,7 @@ def place(
     ]
     home.buffers = [new(size) for size in sizes]
     home.nbytes = sum(sizes)
-    places: dict[str, dict[str, tuple[Binding, ...]]] = {name: {} for name in tensors}
+    places: dict[str, dict[str, tuple[Binding, ...]]] = {name: {part.name: () for part in parts} for name, (_, parts) in tensors.items()}
     spans = []
     for name, part, pieces in planned:
         places[name][part.name] = tuple((home.buffers[buffer], offset, size) for buffer, offset, size in pieces)
@@ -249,7 +249,7 @@ def place(
         for buffer, offset, size in places[name][part.name]:
             spans.append(Span(name, part.name, start, size, buffer, offset, part.chunk))
             start += size
-    return home, {name: {part.name: places[name][part.name] for part in parts} for name, (_, parts) in tensors.items()}, spans
+    return home, places, spans
 
 
 def _split(nbytes: int, rows: int, most: int, align: int) -> list[int]:

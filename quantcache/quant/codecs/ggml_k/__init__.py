@@ -24,6 +24,6 @@ _TYPES: list[tuple[str, list[Any], Reference]] = [
 _SHADERS = {
     "Q4_K": ("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q4_k.wgsl"),
     "Q5_K": ("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q5_k.wgsl"),
-    "Q6_K": ("codecs/ggml_k/q6_k.wgsl",),
+    "Q6_K": ("scaled.wgsl", "codecs/ggml_k/q6_k.wgsl"),
 }
 register_family("ggml_k_decode", _TYPES, shaders=_SHADERS)

@@ -1,6 +1,9 @@
 // Q6_K: 128 bytes of low nibbles, 64 of upper bit pairs, sixteen signed scales, d; 210 bytes for 256 weights.
 // Each half of a block: runs 0 and 1 have the low nibbles of 64 bytes, 2 and 3 the high ones; run r the bit pair r.
 
+const QC_BLOCK = 210u;
+const QC_SHIFT = 5u;
+
 fn qc_codes(word: u32) -> vec4<f32> { return vec4<f32>(qc_bytes(word)) - vec4<f32>(32.0); }
 
 fn qc_signed(byte: u32) -> f32 {
@@ -20,19 +23,4 @@ fn qc_pair(at: u32, flat: u32) -> vec2<u32> {
 // the scale of a unit: half a run
 fn qc_scale(at: u32, flat: u32) -> f32 {
   return qc_half_at(at + 208u) * qc_signed(at + 192u + ((flat & 31u) >> 1u));
-}
-
-fn qc_unit(row: u32, unit: u32, width: u32) -> array<vec4<f32>, 2> {
-  let flat = row * (width / 8u) + unit;
-  let at = (flat >> 5u) * 210u;
-  let s = qc_scale(at, flat);
-  let words = qc_pair(at, flat);
-  return array<vec4<f32>, 2>(qc_codes(words.x) * s, qc_codes(words.y) * s);
-}
-
-fn qc_dot(row: u32, unit: u32, width: u32, x: vec4<f32>, y: vec4<f32>) -> f32 {
-  let flat = row * (width / 8u) + unit;
-  let at = (flat >> 5u) * 210u;
-  let words = qc_pair(at, flat);
-  return qc_scale(at, flat) * (dot(qc_codes(words.x), x) + dot(qc_codes(words.y), y));
 }

@@ -26,5 +26,5 @@ _TYPES: list[tuple[str, list[Any], Reference]] = [
     ("Q1_0", [_D, ("qs", "u1", (16,))], reference.q1_0),
     ("Q2_0", [_D, ("qs", "u1", (16,))], reference.q2_0),
 ]
-_SHADERS = {name: (f"codecs/ggml_legacy/{name.lower()}.wgsl",) for name in ("Q4_0", "Q8_0")}
+_SHADERS = {name: ("scaled.wgsl", f"codecs/ggml_legacy/{name.lower()}.wgsl") for name in ("Q4_0", "Q8_0")}
 register_family("ggml_legacy_decode", _TYPES, shaders=_SHADERS)

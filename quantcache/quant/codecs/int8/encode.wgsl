@@ -13,11 +13,6 @@ fn qc_half(value: f32) -> u32 {
   return ((bits >> 16u) & 0x8000u) | half;
 }
 
-fn qc_widened(half: u32) -> f32 {
-  if (half == 0u) { return 0.0; }
-  return bitcast<f32>(((half & 0x8000u) << 16u) | (((half & 0x7fffu) << 13u) + 0x38000000u));
-}
-
 // integers in the order of the numbers that they are the bits of
 fn qc_ordered(bits: u32) -> u32 { return select(bits | 0x80000000u, ~bits, (bits & 0x80000000u) != 0u); }
 fn qc_unordered(key: u32) -> u32 { return select(~key, key & 0x7fffffffu, (key & 0x80000000u) != 0u); }
@@ -43,7 +38,7 @@ fn qc_group(group: u32) -> vec2<u32> {
   if (!qc_safe(largest) || (smallest != 0u && smallest < 0x800000u)) { qc_give_up(); }
   if (QC_HALVES) {
     let stored = vec2<u32>(qc_half(scale), qc_half(lo));
-    qc_code(group, qc_widened(stored.x), qc_widened(stored.y));
+    qc_code(group, bitcast<f32>(qc_wide(stored.x)), bitcast<f32>(qc_wide(stored.y)));
     return stored;
   }
   if (largest != 0u && high != low && qc_magnitude(bitcast<u32>(spread)) < QC_TINY) { qc_give_up(); }
