@@ -239,20 +239,15 @@ class Pipeline:
             elsewhere = sum(task.job.info.nbytes for task in self._queue if quantizer.tiles(task.job))
             count = min(count, quantizer.threads) if 2 * elsewhere > self._total[0] else count
         self._spare = [Scratch() for _ in range(count + min(count, 4))]
-        self._alive = count
-        self._threads = [threading.Thread(target=self._work, name=f"quantcache-{n}", daemon=True) for n in range(count)]
+        self._alive, self._wanted = 0, count
+        self._threads: list[threading.Thread] = []
         self._process = os.getpid()
         try:
-            for thread in self._threads:
-                thread.start()
-        except RuntimeError as error:  # no more threads here: those that there are do the work
-            with self._changed:
-                self._alive -= sum(thread.ident is None for thread in self._threads)
-                self._threads = [thread for thread in self._threads if thread.ident is not None]
-            if not self._threads:
-                for build in builds:
-                    build.drop()
-                raise QuantcacheError(f"no thread can be started: {error}") from error
+            self._start_one()
+        except RuntimeError as error:
+            for build in builds:
+                build.drop()
+            raise QuantcacheError(f"no thread can be started: {error}") from error
         if any(build.source.file.is_cold for build in builds):
             with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self._read_ahead, name="quantcache-ahead", daemon=True).start()
@@ -304,10 +299,11 @@ class Pipeline:
             self._cancelled = True
             self._changed.notify_all()
         end = time.monotonic() + _PATIENCE_S
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, end - time.monotonic()))
-        running = any(thread.is_alive() and thread is not threading.current_thread() for thread in self._threads)
+        # one that is only being started will find that there is nothing to do
+        threads = [thread for thread in self._threads if thread is not threading.current_thread() and thread.is_alive()]
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        running = any(thread.is_alive() for thread in threads)
         for build in self.builds:
             if running:  # the last thread to end closes the file
                 build.hide()
@@ -331,9 +327,28 @@ class Pipeline:
                     build.source.file.will_need(start, nbytes)
                     asked += nbytes
 
+    def _start_one(self) -> None:
+        """Start a thread if more are wanted. The first starts the second, and so on: the caller would find no core at every start."""
+        with self._changed:
+            if not self._wanted or self._stopped:
+                return
+            self._wanted -= 1
+            self._alive += 1
+            thread = threading.Thread(target=self._work, name=f"quantcache-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            with self._changed:
+                self._wanted, self._alive = 0, self._alive - 1
+                self._threads.remove(thread)
+            raise
+
     def _work(self) -> None:
         work = Scratch()
         try:
+            with contextlib.suppress(RuntimeError):  # no more threads here: those that there are do the work
+                self._start_one()
             with working_for(self.profile):
                 while (step := self._next()) is not None:
                     step(work)

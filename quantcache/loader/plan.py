@@ -222,10 +222,11 @@ def plan(source: Source, request: Request) -> list[Job]:
     """
     decided = [(info, request.decide(info)) for info in source.tensors.values()]
     stored = [(info, decision) for info, decision in decided if decision.codec != "native"]
-    layers = {key: number for number, key in enumerate(sorted({layer_key(info.name) for info, _ in stored}))}
+    places = [layer_key(info.name) for info, _ in stored]
+    layers = {place: number for number, place in enumerate(sorted(set(places)))}
     jobs = [
-        Job(info, decision, layers[layer_key(info.name)], changes=request.changes.get(info.name, ()))
-        for info, decision in stored
+        Job(info, decision, layers[place], changes=request.changes.get(info.name, ()))
+        for (info, decision), place in zip(stored, places, strict=True)
     ]
     taken = {info.name for info, _ in decided}
     for position, job in enumerate(jobs):

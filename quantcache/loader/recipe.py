@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,8 @@ class Recipe:
         if native not in ("keep", "convert"):
             raise UsageError(f"native={native!r}: it is 'keep' or 'convert'")
         self.other, self.native = other, native
+        # one expression with a group a rule: a model has thousands of names, and every rule would be tried on each
+        self._first = re.compile("|".join(f"({fnmatch.translate(rule.pattern)})" for rule in self.rules) or "(?!)").match
         used = [rule.codec for rule in self.rules if rule.codec not in (OTHER, "keep")]
         self.label = label or "+".join(dict.fromkeys(used)) or "native"
 
@@ -159,7 +162,8 @@ class Recipe:
             tensor: of the source.
             merged: an adapter changes it, so that it cannot pass through.
         """
-        rule = next((rule for rule in self.rules if fnmatch.fnmatchcase(tensor.name, rule.pattern)), None)
+        found = self._first(tensor.name)
+        rule = self.rules[found.lastindex - 1] if found and found.lastindex else None
         wanted = rule if rule and rule.codec not in (OTHER, "keep") and not tensor.transposed else None
         exponent = rule.exponent if rule else 0
         if tensor.is_block:

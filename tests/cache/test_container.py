@@ -73,6 +73,7 @@ def test_header_reads_back(slots: list[Slot], text: str) -> None:
         (slot.key, slot.dtype, slot.shape) for slot in slots
     }
     reserved = reserve_header(slots, records=[text])
+    assert reserved <= 1.2 * len(head) + 100 * len(slots) + 2 * ALIGNMENT  # and it is no waste
     assert len(build_header(slots, digests, length=reserved, **details)) == reserved
 
 

@@ -197,6 +197,27 @@ def test_no_threads_to_be_had(model_path: Path, tmp_path: Path, monkeypatch: pyt
         assert not model.hit
 
 
+def test_only_some_threads_to_be_had(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a second thread cannot be started, the first builds all of it."""
+    start, started = threading.Thread.start, []
+
+    def once(self: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", once)
+        with qc.load(model_path, "int8", cache=tmp_path / "c", threads=4) as model:
+            right = parts(model)
+            model.finish()
+    assert len(started) == 1
+    with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        assert model.hit
+        assert parts(model) == right
+
+
 def test_prefetch_again_and_again(model_path: Path, tmp_path: Path) -> None:
     """What is queued, or there, is not queued again: also of tensors that are views of the source."""
     for quant in ("int8", "native"):

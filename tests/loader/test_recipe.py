@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import re
 import warnings
@@ -13,6 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import quantcache as qc
@@ -217,6 +220,15 @@ def test_no_decision_drops_a_factor_or_an_adapter(info: TensorInfo) -> None:
             decision = Recipe([rule], other=other, native=native).decide(info, merged=merged)
             assert decision.codec != "native", (rule, other, native)
             assert decision.exponent == (-1 if len(rule) == 3 else 0), (rule, other, native)
+
+
+@given(st.lists(st.text("ab*?[]!-.\n|()", max_size=6), max_size=6), st.text("ab.-\n|()", max_size=8))
+def test_rules_match_as_fnmatch_does(patterns: list[str], name: str) -> None:
+    """Of any patterns the first counts that fnmatch finds to match, whatever regular expressions make of its characters."""
+    recipe = Recipe([(pattern, "keep", 2.0**n) for n, pattern in enumerate(patterns)])
+    decided = recipe.decide(TensorInfo(name, "F32", (64, 64), 0, 64 * 64 * 4))
+    expected = next((n for n, pattern in enumerate(patterns) if fnmatch.fnmatchcase(name, pattern)), None)
+    assert (decided.codec, decided.exponent) == (("f16", 0) if expected is None else ("keep", expected))
 
 
 def test_first_rule_counts() -> None:
