@@ -30,7 +30,7 @@ from plot import plot
 from safetensors.numpy import load_file
 
 import quantcache as qc
-from quantcache.loader.measure import bare_mmap, floor, touch
+from quantcache.loader.measure import Floor, bare_mmap, floor, touch
 
 #: family, element type, codec, and whether the slow peers take part
 MODELS = [
@@ -183,13 +183,14 @@ def warm(path: Path, quant: str, folder: Path, rounds: int, *, slow: bool) -> di
         rows = [row for row in rows if row.name not in ("miss on one thread", "hit, by layers, checked and read", "cat of the source")]
     if slow and (peer := bitsandbytes(path, quant)):
         rows.append(Row("bitsandbytes: read and quantize", peer, came, slow=came > 1 << 29))
-    floors = []
-    for _ in range(3):
+    floors: dict[int, list[Floor]] = {1: [], cores: []}
+    for threads in [*floors] * 3:
         settle(256 << 20)
-        floors.append(floor(path, folder, quant=quant))
-    least = sorted(floors, key=lambda found: found.seconds(1))[1]
+        floors[threads].append(floor(path, folder, threads=threads, quant=quant))
+    least, together = (sorted(found, key=lambda found: found.seconds(1))[len(found) // 2] for found in (floors[1], floors[cores]))
     seconds = alternate(rows, rounds, prepare=anew)
-    found = {name: median(values) for name, values in seconds.items()} | {"floor": least.seconds(cores)}
+    found = {name: median(values) for name, values in seconds.items()}
+    found |= {"floor": least.seconds(cores), "floor, all cores at once": together.seconds(cores)}
     shutil.rmtree(fresh, ignore_errors=True)
     costs = {kind: costs_of(LOAD, path, where, quant) for kind, where in (("miss", fresh), ("hit", cache))}
     shutil.rmtree(fresh, ignore_errors=True)
@@ -198,7 +199,11 @@ def warm(path: Path, quant: str, folder: Path, rounds: int, *, slow: bool) -> di
         for name, values in seconds.items()
     ]
     title = f"{path.stem}, {quant}: {came / 1e6:.0f} MB -> {kept / 1e6:.0f} MB"
-    table(title, ("load", "ms", "spread", "of the floor"), [(f"floor of a miss on {cores} cores", found["floor"] * 1e3, "", 1.0), *lines])
+    floor_lines = [
+        (f"floor of a miss: one core's rates, over {cores}", found["floor"] * 1e3, "", 1.0),
+        ("the same, all cores at once", together.seconds(cores) * 1e3, "", together.seconds(cores) / found["floor"]),
+    ]
+    table(title, ("load", "ms", "spread", "of the floor"), [*floor_lines, *lines])
     table("what it costs", ("", *costs["miss"]), [(kind, *(f"{value / 1e6:.1f} MB" for value in cost.values())) for kind, cost in costs.items()])
     shutil.rmtree(cache)
     return {"source": came, "entry": kept, "seconds": found, "spread": {k: [min(v), max(v)] for k, v in seconds.items()}, "costs": costs,

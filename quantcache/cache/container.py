@@ -207,16 +207,18 @@ def parse_header(head: bytes, file_nbytes: int) -> EntryHeader:
         metadata = header.pop("__metadata__")
         own = json.loads(metadata["quantcache"])
         stated = metadata["quantcache.header"]
-        field = b'"quantcache.header":"%s"'
-        zeroed = head[: 8 + length].replace(field % stated.encode(), field % _ZEROS.encode(), 1)
-        if digest(zeroed).hex() != stated:
+        field = b'"quantcache.header":"'
+        whole = bytearray(head[: 8 + length])
+        place = whole.find(field + stated.encode()) + len(field)
+        whole[place : place + len(_ZEROS)] = _ZEROS.encode()
+        if digest(whole).hex() != stated:
             raise CorruptEntryError("the header is not the one that was written")
         if own["container"] > CONTAINER_VERSION:  # not before: a flipped bit would pass for a newer version
             raise StoreTooNewError(f"container version {own['container']}, this program reads {CONTAINER_VERSION}")
         slots, offsets, digests = {}, {}, {}
-        position = 0
+        position, described = 0, own["digests"]
         for key, entry in header.items():
-            chunk, digests[key] = own["digests"][key]
+            chunk, digests[key] = described[key]
             slots[key] = slot = Slot(key, entry["dtype"], tuple(entry["shape"]), chunk)
             begin, end = entry["data_offsets"]
             if begin != position or end - begin != slot.nbytes or chunk < 1:

@@ -14,8 +14,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,9 @@ from quantcache.loader.changes import resolve
 from quantcache.loader.lora import open_adapter, paired
 from quantcache.loader.model import Model, load
 from quantcache.loader.pipeline import default_threads
-from quantcache.loader.plan import Request, plan
+from quantcache.loader.plan import Job, Request, plan
 from quantcache.loader.recipe import Recipe
-from quantcache.loader.source import open_checkpoint
+from quantcache.loader.source import Source, open_checkpoint
 from quantcache.loader.tiles import encode_tile
 from quantcache.quant.codec import Scratch, Status
 from quantcache.tensor import QuantTensor
@@ -53,10 +55,10 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Hold what one thread needs for the parts of a miss, each at the rate that it has alone, with warm buffers.
+    """Hold what threads need for the parts of a miss, each at the rate that it has alone, with warm buffers.
 
     Args:
-        read_s: seconds to touch every byte of the mapped source, once.
+        read_s: seconds to touch every byte of the mapped source, once; of all threads together.
         quantize_s, write_s: seconds of all between reading and writing, and of writing into the page cache.
         source_nbytes, stored_nbytes: what is read and written.
     """
@@ -87,12 +89,13 @@ def _recipe(wanted: dict[str, Any]) -> Recipe:
     return Recipe.of(wanted.get("quant", "nf4"), **chosen)
 
 
-def floor(path: str | os.PathLike[str], folder: Path, **wanted: Any) -> Floor:
-    """Measure the rates of reading, quantizing and writing on tiles of the model itself, on one thread.
+def floor(path: str | os.PathLike[str], folder: Path, *, threads: int = 1, **wanted: Any) -> Floor:
+    """Measure the rates of reading, quantizing and writing on tiles of the model itself.
 
     Args:
         path: the checkpoint.
         folder: where to write.
+        threads: all do the same side by side: cores share a memory, and some of them a core.
         wanted: as for `load`.
 
     Raises:
@@ -107,13 +110,39 @@ def floor(path: str | os.PathLike[str], folder: Path, **wanted: Any) -> Floor:
     stored_nbytes = sum(slot.nbytes for _, job in jobs for slot in job.slots)
     if not tiles:
         return Floor(0.0, 0.0, 0.0, source_nbytes, stored_nbytes)
+    step = max(1, len(tiles) // (_SAMPLES * threads))
+    barrier = threading.Barrier(threads)
+
+    def rates(number: int) -> tuple[float, float, float]:
+        """Return one thread's seconds for all of the model."""
+        chosen = tiles[number * step % len(tiles) :: step * threads]
+        try:
+            quantize_s, write_s = _quantize_and_write(chosen, folder / f"rate-{number}", barrier)
+        except threading.BrokenBarrierError:  # another says why
+            return 0.0, 0.0, 0.0
+        begin = time.perf_counter()
+        for path in paths:
+            bare_mmap(path, part=(number, threads))
+        return (time.perf_counter() - begin) * threads * source_nbytes / file_nbytes, quantize_s * source_nbytes, write_s * stored_nbytes
+
+    paths = sorted({source.path for source, _ in jobs})
+    file_nbytes = max(1, sum(path.stat().st_size for path in paths))
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(rates, range(threads)))
+    read_s, quantize_s, write_s = (statistics.mean(part) for part in zip(*found, strict=True))
+    return Floor(read_s, quantize_s, write_s, source_nbytes, stored_nbytes)
+
+
+def _quantize_and_write(tiles: list[tuple[Source, Job, int]], target: Path, barrier: threading.Barrier) -> tuple[float, float]:
+    """Return seconds a byte: of the source for what is between reading and writing, and of what is written for that."""
     profile, work, outputs = Profile(), Scratch(), Scratch()
     read = wrote = 0
     write_s = 0.0
-    descriptor = os.open(folder / "rate", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         for timed in (False, True):  # first so that buffers and page cache are warm
-            for source, job, start in tiles[:: max(1, len(tiles) // _SAMPLES)]:
+            barrier.wait()
+            for source, job, start in tiles:
                 with working_for(profile if timed else None):
                     status, pieces = encode_tile(source, job, start, work, outputs)
                     while status != Status.OK:  # as a miss would
@@ -129,17 +158,14 @@ def floor(path: str | os.PathLike[str], folder: Path, **wanted: Any) -> Floor:
                     os.pwrite(descriptor, piece.buffer, wrote)
                     write_s += time.perf_counter() - begin
                     wrote += piece.buffer.nbytes
+    except BaseException:
+        barrier.abort()
+        raise
     finally:
         os.close(descriptor)
-        os.unlink(folder / "rate")
-    spent = profile.seconds
-    scale = source_nbytes / max(1, read)
-    kernels = sum(seconds for phase, seconds in spent.items() if phase != "read")
-    begin = time.perf_counter()
-    for source in {id(source): source for source, _ in jobs}.values():
-        bare_mmap(source.path)
-    read_s = (time.perf_counter() - begin) * source_nbytes / max(1, sum(path.stat().st_size for path in {source.path for source, _ in jobs}))
-    return Floor(read_s, kernels * scale, write_s * stored_nbytes / max(1, wrote), source_nbytes, stored_nbytes)
+        target.unlink()
+    kernels = sum(seconds for phase, seconds in profile.seconds.items() if phase != "read")
+    return kernels / max(1, read), write_s / max(1, wrote)
 
 
 def measure(path: str | os.PathLike[str], folder: Path, *, rounds: int = 3, threads: int = 0, **wanted: Any) -> Iterator[Figure]:
@@ -156,9 +182,9 @@ def measure(path: str | os.PathLike[str], folder: Path, *, rounds: int = 3, thre
         SourceError: it cannot be read.
     """
     cores = threads or default_threads()
-    least = floor(path, folder, **wanted)
+    least = floor(path, folder, threads=cores, **wanted)
     came, kept = least.source_nbytes, least.stored_nbytes
-    yield Figure("floor of a miss", least.seconds(cores), came, f"rates of read, quantize, write alone, over {cores} threads")
+    yield Figure("floor of a miss", least.seconds(cores), came, f"read, quantize and write at their rates alone, on {cores} threads")
     store = folder / "store"
 
     def opened(**more: Any) -> Model:
@@ -211,11 +237,12 @@ def timed(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(taken)
 
 
-def bare_mmap(*files: Path) -> None:
-    """Map files and read every byte."""
+def bare_mmap(*files: Path, part: tuple[int, int] = (0, 1)) -> None:
+    """Map files and read every byte, or every byte of one of so many parts."""
     for file in files:
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            view = np.frombuffer(mapped, np.uint8)
+            first, last = (len(mapped) * at // part[1] for at in (part[0], part[0] + 1))
+            view = np.frombuffer(mapped, np.uint8)[first:last]
             touch(view)
             del view
 

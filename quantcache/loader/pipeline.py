@@ -226,7 +226,9 @@ class Pipeline:
         self.builds, self.profile, self._quantizer = builds, profile or Profile(), quantizer
         self._progress, self._told_s = progress, 0.0
         self._started_s = time.monotonic()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        #: what workers wait for, and what callers do: a tile that is done wakes no caller
+        self._todo, self._done = threading.Condition(self._lock), threading.Condition(self._lock)
         self._urgent: deque[_Task] = deque()
         self._cancelled = False
         self._queue = deque(task for build in builds for task in build.tasks.values())
@@ -262,12 +264,12 @@ class Pipeline:
         """
         task = build.tasks[name]
         self._at_home()
-        with self._changed:
+        with self._lock:
             if not task.done:
                 self._urgent.append(task)
-                self._changed.notify_all()
+                self._todo.notify()
             while not task.done and task.error is None and self.failure is None and not self._cancelled:
-                self._changed.wait(0.2)
+                self._done.wait(0.2)
             if task.done:
                 return task
             raise task.error or self.failure or Cancelled("the load was stopped")
@@ -279,9 +281,9 @@ class Pipeline:
             SourceError: a source failed.
         """
         self._at_home()
-        with self._changed:
+        with self._lock:
             while self._open and self.failure is None and not self._cancelled:
-                self._changed.wait(0.2)
+                self._done.wait(0.2)
         if self.failure is not None or self._cancelled:
             self.cancel()
             raise self.failure or Cancelled("the load was stopped")
@@ -295,9 +297,9 @@ class Pipeline:
         """Stop after the tiles under way; unpublished files are removed. Waits for no disk: a sync may take long."""
         if self._process != os.getpid():
             return
-        with self._changed:
+        with self._lock:
             self._cancelled = True
-            self._changed.notify_all()
+            self._wake()
         end = time.monotonic() + _PATIENCE_S
         # one that is only being started will find that there is nothing to do
         threads = [thread for thread in self._threads if thread is not threading.current_thread() and thread.is_alive()]
@@ -329,7 +331,7 @@ class Pipeline:
 
     def _start_one(self) -> None:
         """Start a thread if more are wanted. The first starts the second, and so on: the caller would find no core at every start."""
-        with self._changed:
+        with self._lock:
             if not self._wanted or self._stopped:
                 return
             self._wanted -= 1
@@ -339,7 +341,7 @@ class Pipeline:
         try:
             thread.start()
         except RuntimeError:
-            with self._changed:
+            with self._lock:
                 self._wanted, self._alive = 0, self._alive - 1
                 self._threads.remove(thread)
             raise
@@ -353,15 +355,20 @@ class Pipeline:
                 while (step := self._next()) is not None:
                     step(work)
         except BaseException as error:  # noqa: BLE001 - it is handed to whoever asks
-            with self._changed:
+            with self._lock:
                 self.failure = self.failure or error
-        with self._changed:
+        with self._lock:
             self._alive -= 1
             stopped = self._alive == 0 and (self.failure is not None or self._cancelled)
-            self._changed.notify_all()
+            self._wake()
         if stopped:  # nobody may ever close the model: another load must not wait for its lock
             for build in self.builds:
                 build.drop()
+
+    def _wake(self) -> None:
+        """Have everybody look again; under the lock."""
+        self._todo.notify_all()
+        self._done.notify_all()
 
     @property
     def _stopped(self) -> bool:
@@ -369,7 +376,7 @@ class Pipeline:
 
     def _next(self) -> Callable[[Scratch], None] | None:
         """Return the next piece of work: an urgent tile, a tile, the rest of a digest, a publication."""
-        with self._changed:
+        with self._lock:
             while True:
                 if self._stopped or not self._open:
                     return None
@@ -391,7 +398,7 @@ class Pipeline:
                     if build.left == 0 and not (build.behind and build.behind.open) and not build.published:
                         build.published = True
                         return lambda _, build=build: self._publish(build)  # type: ignore[misc]
-                self._changed.wait(0.5)
+                self._todo.wait(0.5)
 
     def _take(self, task: _Task) -> tuple[int, int]:
         """Return the first weight of the next tile of a job, or of the next few, and the one behind them."""
@@ -423,13 +430,13 @@ class Pipeline:
         if not pieces or task.target is not build.staged:
             self._deliver(done)
             return
-        with self._changed:
+        with self._lock:
             build.outbox.append(done)
             if build.writing:
                 return
             build.writing = True
         while True:
-            with self._changed:
+            with self._lock:
                 if self._stopped or not build.outbox:
                     build.writing = False
                     return
@@ -444,7 +451,7 @@ class Pipeline:
                 task.target.write(piece.key, piece.position, piece.buffer, found)
         except CacheError as error:
             task.refused = error
-        with self._changed:
+        with self._lock:
             self._spare.append(done.outputs)
             nbytes = (done.stop - done.start) * job.info.nbytes // max(1, job.size)
             task.counted += nbytes
@@ -453,7 +460,7 @@ class Pipeline:
             if task.refused is not None:
                 task.waiting.clear()
             last = task.active == 0 and not task.waiting and not task.done
-            self._changed.notify()
+            self._todo.notify()
         if last:
             self._settle(task)
         self._tell("quantize")
@@ -481,7 +488,7 @@ class Pipeline:
             self._unsaved(build, refused)
             build.memory.add(task.job.slots)
             task.job, task.target = replace(task.job), build.memory
-        with self._changed:
+        with self._lock:
             if refused is None:
                 task.done = True
                 build.left -= 1
@@ -492,11 +499,11 @@ class Pipeline:
                 task.counted = 0
                 task.waiting = _waiting(task.job)
                 self._urgent.append(task)
-            self._changed.notify_all()
+            self._wake()
 
     def _unsaved(self, build: Build, error: CacheError) -> None:
         """Go on in memory after the store failed; say so once."""
-        with self._changed:
+        with self._lock:
             cache, build.cache = build.cache, None
             build.unsaved = build.unsaved or error
             for task in build.tasks.values():
@@ -519,9 +526,9 @@ class Pipeline:
             self._unsaved(build, CacheError(f"cannot publish the entry: {error}"))
         finally:
             build.drop()
-            with self._changed:
+            with self._lock:
                 self._open -= 1
-                self._changed.notify_all()
+                self._wake()
 
     def _store(self, build: Build, cache: Cache, staged: StagedEntry) -> None:
         source = build.source
@@ -551,7 +558,7 @@ class Pipeline:
         cache.flush()
 
     def _tell(self, phase: str) -> None:
-        with self._changed:
+        with self._lock:
             now = time.monotonic()
             if self._progress is None or (now - self._told_s < 0.1 and self._done_tensors < self._total[1]):
                 return
@@ -560,9 +567,9 @@ class Pipeline:
         report = Progress(*counts, phase, now - self._started_s, self.profile.seconds)
         wanted = self._progress(report)
         if wanted is not None and not wanted:
-            with self._changed:
+            with self._lock:
                 self._cancelled = True
-                self._changed.notify_all()
+                self._wake()
 
 
 def _digested(piece: Piece, target: StagedEntry | _Memory) -> bytes:

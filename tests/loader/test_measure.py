@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from quantcache.cli import main
+from quantcache.errors import SourceError
+from quantcache.loader import measure as measuring
 from quantcache.loader.measure import floor, measure, touch
+from quantcache.loader.tiles import encode_tile
 
 
 @pytest.fixture
@@ -21,13 +26,30 @@ def model_path(tmp_path: Path) -> Path:
     return path
 
 
-def test_floor(model_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_floor(model_path: Path, tmp_path: Path, threads: int) -> None:
     """The parts are positive, their bytes are the model's, and more cores divide them."""
-    found = floor(model_path, tmp_path, quant="int8")
+    found = floor(model_path, tmp_path, threads=threads, quant="int8")
     assert min(found.read_s, found.quantize_s, found.write_s) > 0
     assert found.source_nbytes == 512 * 512 * 4 + 12
     assert found.stored_nbytes == 512 * 512 + 512 * 512 // 128 * 4 + 6
     assert found.seconds(2) == pytest.approx(found.seconds(1) / 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_floor_of_a_disk_that_fails(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """What fails on one thread is what is said, and no other waits for it."""
+    calls = itertools.count()
+
+    def encode(*given: Any) -> Any:
+        if next(calls) == failing:
+            raise SourceError("the disk failed")
+        return encode_tile(*given)
+
+    monkeypatch.setattr(measuring, "encode_tile", encode)
+    with pytest.raises(SourceError, match="disk failed"):
+        floor(model_path, tmp_path, threads=2)
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
