@@ -142,8 +142,7 @@ class StagedEntry:
         view = memoryview(buffer).cast("B")
         start = self.offsets[key] + position
         try:
-            with span("write", len(view), key):
-                _write_all(self._descriptor, view, start)
+            _write_all(self._descriptor, view, start)
         except OSError as error:
             raise store_error("cannot write the staged file", error) from error
         if len(view):

@@ -426,7 +426,7 @@ class Pipeline:
         except SourceError as error:
             task.error = error
             raise
-        done = _Done(task, start, stop, [(piece, _digested(piece, task.target)) for piece in pieces], outputs)
+        done = _Done(task, start, stop, _digested(pieces, task), outputs)
         if not pieces or task.target is not build.staged:
             self._deliver(done)
             return
@@ -447,8 +447,7 @@ class Pipeline:
         """Write a tile, and finish its tensor if it was the last."""
         task, job = done.task, done.task.job
         try:
-            for piece, found in done.pieces:
-                task.target.write(piece.key, piece.position, piece.buffer, found)
+            _write(done.pieces, task)
         except CacheError as error:
             task.refused = error
         with self._lock:
@@ -471,8 +470,7 @@ class Pipeline:
         refused = task.refused
         try:
             if refused is None:
-                for piece in whole_pieces(job):
-                    task.target.write(piece.key, piece.position, piece.buffer, _digested(piece, task.target))
+                _write(_digested(whole_pieces(job), task), task)
             elif isinstance(refused, Status):
                 task.job = job.after(refused)
                 if task.job.decision.codec == "keep":
@@ -572,12 +570,20 @@ class Pipeline:
                 self._wake()
 
 
-def _digested(piece: Piece, target: StagedEntry | _Memory) -> bytes:
-    """Return the digest of a piece that goes to the store, taken while it is hot."""
-    if not isinstance(target, StagedEntry):
-        return b""
-    with span("digest", piece.buffer.nbytes, piece.key):
-        return digest(piece.buffer)
+def _digested(pieces: list[Piece], task: _Task) -> list[tuple[Piece, bytes]]:
+    """Return pieces with their digests, taken while they are hot; those that do not go to the store have none."""
+    if not pieces or not isinstance(task.target, StagedEntry):
+        return [(piece, b"") for piece in pieces]
+    with span("digest", sum(piece.buffer.nbytes for piece in pieces), task.job.info.name):
+        return [(piece, digest(piece.buffer)) for piece in pieces]
+
+
+def _write(pieces: list[tuple[Piece, bytes]], task: _Task) -> None:
+    """Bring pieces to where they belong."""
+    if pieces:
+        with span("write", sum(piece.buffer.nbytes for piece, _ in pieces), task.job.info.name):
+            for piece, found in pieces:
+                task.target.write(piece.key, piece.position, piece.buffer, found)
 
 
 def _warn(text: str) -> None:
