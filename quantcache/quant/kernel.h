@@ -39,8 +39,10 @@
 
 #if defined(__GNUC__)
 #define QC_PREFETCH(address) __builtin_prefetch((address), 1)
+#define QC_PREFETCH_READ(address) __builtin_prefetch((address), 0)
 #else
 #define QC_PREFETCH(address) ((void)0)
+#define QC_PREFETCH_READ(address) ((void)0)
 #endif
 
 /* Status bits: the same numbers as quantcache.quant.codec.Status. */
@@ -48,6 +50,14 @@ enum { QC_OK = 0, QC_NONFINITE = 1, QC_F16_RANGE = 2, QC_F32_SCALES = 4, QC_BAD_
 
 /* Element types of inputs and outputs: the same numbers as quantcache.quant.native.ELEMENT. */
 enum { QC_F32 = 0, QC_F16 = 1, QC_BF16 = 2 };
+
+/* Fetches `count` elements from number i of x on, which may lie behind the end. The processor's own prefetchers stop at the end
+ * of a page, and do not see what is computed on meanwhile. */
+QC_INLINE void qc_prefetch(const void *x, size_t i, size_t count, int element) {
+    const size_t size = element == QC_F32 ? 4 : 2;
+    const uintptr_t first = (uintptr_t)x + i * size;
+    for (size_t k = 0; k < count * size; k += 64) QC_PREFETCH_READ((const void *)(first + k));
+}
 
 /* ---- floating-point environment -------------------------------------------------------------
  * Another library of the process may have switched to flush-to-zero or another rounding mode

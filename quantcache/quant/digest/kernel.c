@@ -20,12 +20,6 @@ static const uint64_t SECRET_WORDS[SECRET / 8] = {
     0x3f349ce33f76faa8u, 0x1d4f0bc7c7bbdcf9u, 0x3159b4cd4be0518au, 0x647378d9c97e9fc8u, 0xc3ebd33483acc5eau, 0xeb6313faffa081c5u,
     0x49daf0b751dd0d17u, 0x9e68d429265516d3u, 0xfca1477d58be162bu, 0xce31d07ad1b8f88fu, 0x280416958f3acb45u, 0x7e404bbbcafbd7afu};
 
-#if defined(__GNUC__)
-#define QC_PREFETCH_READ(address) __builtin_prefetch((address), 0)
-#else
-#define QC_PREFETCH_READ(address) ((void)0)
-#endif
-
 QC_INLINE uint64_t read64(const uint8_t *p) {
     uint64_t v;
     memcpy(&v, p, sizeof v);

@@ -1,6 +1,9 @@
 /* float32 and bfloat16 to float16. Norm: reference.py beside this file. */
 #include "../../kernel.h"
 
+/* Elements that are fetched before they are read: 4 KB of float32. */
+enum { AHEAD = 1024 };
+
 /* The greatest magnitude of a run of halves tells overflow, Inf and NaN apart from the rest. */
 QC_INLINE int cast(const void *x, size_t n, uint16_t *out, int element) {
     size_t i = 0;
@@ -8,6 +11,7 @@ QC_INLINE int cast(const void *x, size_t n, uint16_t *out, int element) {
 #if defined(QC_AVX512)
     __m512i run = _mm512_setzero_si512();
     for (; i + 32 <= n; i += 32) {
+        qc_prefetch(x, i + AHEAD, 32, element);
         const __m256i a = _mm512_cvtps_ph(qf_element(x, i, element), _MM_FROUND_TO_NEAREST_INT);
         const __m256i b = _mm512_cvtps_ph(qf_element(x, i + 16, element), _MM_FROUND_TO_NEAREST_INT);
         const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
@@ -20,6 +24,7 @@ QC_INLINE int cast(const void *x, size_t n, uint16_t *out, int element) {
 #elif defined(QC_AVX2)
     __m256i run = _mm256_setzero_si256();
     for (; i + 16 <= n; i += 16) {
+        qc_prefetch(x, i + AHEAD, 16, element);
         const __m128i a = _mm256_cvtps_ph(qf_element(x, i, element), _MM_FROUND_TO_NEAREST_INT);
         const __m128i b = _mm256_cvtps_ph(qf_element(x, i + 8, element), _MM_FROUND_TO_NEAREST_INT);
         const __m256i both = _mm256_set_m128i(b, a);

@@ -173,6 +173,7 @@ QC_INLINE int quantize(const void *x, size_t n, uint8_t *codes, void *scales, vo
         for (size_t g = 0; g < count; g++) {
             qc_store_element(scales, first + g, batch.scale[g], stored);
             qc_store_element(biases, first + g, batch.bias[g], stored);
+            qc_prefetch(x, (first + g + BATCH) * GROUP, GROUP, element); /* of the next batch, while this one is coded */
             code_group(wide + g * GROUP, batch.bias[g], batch.scale[g], batch.inverse[g], codes + (first + g) * GROUP);
         }
     }

@@ -47,6 +47,7 @@ QC_INLINE int quantize(const void *x, size_t rows, size_t columns, int8_t *codes
         size_t i = 0;
 #if defined(QC_LANES)
         for (; i + 4 * QC_LANES <= columns; i += 4 * QC_LANES) {
+            qc_prefetch(x, start + columns + i, 4 * QC_LANES, element); /* of the next row, while this one is coded */
             qi q[4];
             for (size_t j = 0; j < 4; j++)
                 q[j] = qi_round(qf_mul(qf_rounded(x, start + i + j * QC_LANES, element), qf_set(factor)));

@@ -130,6 +130,7 @@ QC_INLINE int quantize(const void *x, size_t n, const float *middles, uint8_t *c
         for (int b = 0; b < QC_LANES; b++) {
             const size_t first = start + (size_t)b * BLOCK;
             const qf inv = qf_set(inverses[b]);
+            qc_prefetch(x, first + QC_LANES * BLOCK, BLOCK, element); /* of the next blocks, while these are coded */
             qf s[BLOCK / QC_LANES];
             for (size_t j = 0; j < BLOCK / QC_LANES; j++) s[j] = qf_mul(qf_element(x, first + j * QC_LANES, element), inv);
             store_block(codes + first / 2, s, table);
