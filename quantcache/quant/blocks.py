@@ -23,6 +23,7 @@ from quantcache.tensor import BLOCKS, output_for
 
 __all__ = [
     "VERSION",
+    "BlockShader",
     "BlockType",
     "block_type",
     "block_types",
@@ -42,6 +43,23 @@ _NO_TABLES = np.zeros(1, np.uint64)
 
 
 @dataclass(frozen=True)
+class BlockShader:
+    """Say which .wgsl files give a GPU the weights of a type.
+
+    Args:
+        files: beside those that all types share, as quantcache.quant.wgsl.read takes them.
+        run, apart, rows: see WeightShader.
+        lines: blocks are whole sixteens of bytes, and are bound as such.
+    """
+
+    files: tuple[str, ...]
+    run: int = 0
+    apart: int = 0
+    rows: int = 4
+    lines: bool = False
+
+
+@dataclass(frozen=True)
 class BlockType:
     """Describe one block type.
 
@@ -52,7 +70,7 @@ class BlockType:
         layout: the fields of one block, little-endian, without gaps.
         reference: decodes in plain NumPy.
         tables: what the kernel looks values up in; its comment says how they are laid out.
-        shader: .wgsl files that give a GPU the weights, as quantcache.quant.wgsl.read takes them.
+        shader: how a GPU gets at the weights; None if it does not.
     """
 
     name: str
@@ -61,14 +79,16 @@ class BlockType:
     layout: np.dtype[Any]
     reference: Reference
     tables: Array | None = None
-    shader: tuple[str, ...] = ()
+    shader: BlockShader | None = None
 
     @property
     def weight_shader(self) -> WeightShader | None:
         """How a GPU gets at the weights; None if it does not."""
-        if not self.shader:
+        if self.shader is None:
             return None
-        return WeightShader({"blocks": "array<u32>"}, "".join(map(read, ("half.wgsl", "blocks.wgsl", *self.shader))))
+        kind, words = ("array<vec4<u32>>", "lines.wgsl") if self.shader.lines else ("array<u32>", "words.wgsl")
+        source = "".join(map(read, ("half.wgsl", "codes.wgsl", words, "blocks.wgsl", *self.shader.files)))
+        return WeightShader({"blocks": kind}, source, run=self.shader.run, apart=self.shader.apart, rows=self.shader.rows)
 
     @property
     def weights(self) -> int:
@@ -101,7 +121,7 @@ def register_family(
     kernel: str,
     types: Sequence[tuple[str, list[Any], Reference]],
     tables: Callable[[str], Array | None] = lambda _: None,
-    shaders: Mapping[str, tuple[str, ...]] | None = None,
+    shaders: Mapping[str, BlockShader] | None = None,
 ) -> None:
     """Enter the types of one folder.
 
@@ -109,13 +129,13 @@ def register_family(
         kernel: the family's decoder.
         types: name, fields of a block as for np.dtype, reference; in the order of the kernel's numbers.
         tables: gives a type's tables.
-        shaders: type -> its .wgsl files, of those that a GPU can decode.
+        shaders: by type, of those that a GPU can decode.
 
     Raises:
         CodecError: as register_block.
     """
     for number, (name, fields, reference) in enumerate(types):
-        register_block(BlockType(name, kernel, number, np.dtype(fields), reference, tables(name), (shaders or {}).get(name, ())))
+        register_block(BlockType(name, kernel, number, np.dtype(fields), reference, tables(name), (shaders or {}).get(name)))
 
 
 def block_types() -> tuple[str, ...]:

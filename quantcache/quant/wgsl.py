@@ -7,7 +7,11 @@ A weights file defines, on module-scope variables called `qc_<part>`:
                                        has `width` columns, a multiple of 8
     qc_dot(row, unit, width, x, y)     the sum of those 8 weights times the vec4<f32> x and y, with scales applied once; only
                                        where that is less work than to decode them
+    qc_dots(row, unit, width, a, ...)  the same of several units, where those share bytes: `run` from unit on, and as many from
+                                       `apart` units further on, a multiple of which `unit / apart` is even; only with batches of 1
     qc_weight(row, column, width)      one weight, of any width; only where the codec takes widths that are no multiple of 8
+
+It may ask QC_KEEPS_SUBNORMALS, whether unpack2x16float() of the device does not flush subnormal numbers.
 
 An encode file defines `qc_encode(number: u32, lane: u32)`: invocation `lane` of workgroup `number` quantizes its units. It gets
 the functions of encode.wgsl, and
@@ -39,28 +43,35 @@ class WeightShader:
         parts: name of a stored part -> WGSL type of the storage array that it is bound as, in binding order.
         source: defines qc_init, qc_unit and perhaps qc_weight.
         any_width: whether there is a qc_weight.
+        run, apart: which units qc_dots takes; 0 if there is none.
+        rows: that one thread multiplies: as many as share what it read of the vector, and still fit its registers.
     """
 
     parts: Mapping[str, str]
     source: str
     any_width: bool = False
+    run: int = 0
+    apart: int = 0
+    rows: int = 4
 
     @property
     def has_dot(self) -> bool:
         """Whether there is a qc_dot."""
         return "fn qc_dot(" in self.source
 
-    def declarations(self, group: int, first: int) -> str:
-        """Return the variables' declarations, for a shader of your own.
+    def whole(self, group: int, first: int, *, keeps_subnormals: bool = False) -> str:
+        """Return declarations and functions, for a shader of your own.
 
         Args:
-            group: bind group.
+            group: bind group of the parts.
             first: binding of the first part; the others follow.
+            keeps_subnormals: what the device does; False is right on every device.
         """
-        return "".join(
+        declared = "".join(
             f"@group({group}) @binding({first + number}) var<storage, read> qc_{name}: {kind};\n"
             for number, (name, kind) in enumerate(self.parts.items())
         )
+        return f"const QC_KEEPS_SUBNORMALS = {str(keeps_subnormals).lower()};\n{declared}{self.source}"
 
 
 @dataclass(frozen=True, eq=False)

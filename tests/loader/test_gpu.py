@@ -21,6 +21,7 @@ from quantcache.quant.blocks import block_type
 from quantcache.tensor import BLOCKS
 
 gpu = pytest.importorskip("quantcache.loader.gpu")
+compute = pytest.importorskip("quantcache.loader.gpu.compute")
 
 LAYERS = 3
 
@@ -117,9 +118,17 @@ def test_weights_and_products(device: Any, path: Path, tmp_path: Path, quant: st
                 gpu.matvec(tensor, np.zeros(tensor.shape[1] + 1, np.float32))
 
 
+@pytest.mark.parametrize("keeps", [None, False])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"])
-def test_blocks_as_they_are(device: Any, tmp_path: Path, write_gguf: Callable[..., Path], kind: str) -> None:
-    """GGUF blocks of random bits are decoded on the device as the reference does, and multiplied where they are."""
+def test_blocks_as_they_are(
+    device: Any, tmp_path: Path, write_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str, *, keeps: bool | None
+) -> None:
+    """GGUF blocks of random bits are decoded on the device as the reference does, and multiplied where they are.
+
+    Also where the device flushes subnormal scales, or is said to.
+    """
+    if keeps is not None:
+        monkeypatch.setattr(compute, "_keeps_subnormals", lambda _: keeps)
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
     rows, width = 37, 768
     count = rows * width // BLOCKS[kind][0]
@@ -138,8 +147,9 @@ def test_blocks_as_they_are(device: Any, tmp_path: Path, write_gguf: Callable[..
         want = mine.dequantize(np.float32)
         assert np.array_equal(gpu.dequantize(tensor, np.float32), want)
         x = rng.standard_normal(width).astype(np.float32)
-        bound = np.abs(want).astype(np.float64) @ np.abs(x) * 2e-6
-        assert (np.abs(gpu.matvec(tensor, x) - want.astype(np.float64) @ x) <= bound).all()
+        for batch in (x, np.stack([x, -x, np.roll(x, 1)])):
+            bound = np.abs(batch) @ np.abs(want).astype(np.float64).T * 2e-6
+            assert (np.abs(gpu.matvec(tensor, batch) - batch @ want.astype(np.float64).T) <= bound).all()
 
 
 def test_a_damaged_tensor_never_gets_there(device: Any, path: Path, tmp_path: Path) -> None:
@@ -242,7 +252,30 @@ def test_budget(device: Any, path: Path, tmp_path: Path) -> None:
             found["blocks.0.a.weight"]
 
 
-def test_the_first_layer_waits_for_no_other(device: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("budget", "ahead"), [(None, 2), (1 << 30, 1)])
+def test_layers_come_ahead(device: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None, ahead: int) -> None:
+    """While a layer is used the next two are on their way, in order; with a budget one. Each is brought once."""
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model, model.upload(device, lazy=True, budget=budget) as found:
+        begun: list[int] = []
+        enough, real = threading.Event(), found._begin
+
+        def begin(group: Any) -> Any:
+            begun.append(group.number)
+            if len(begun) == 1 + ahead:
+                enough.set()
+            return real(group)
+
+        monkeypatch.setattr(found, "_begin", begin)
+        assert found["emb.weight"].nbytes
+        assert enough.wait(60)
+        assert begun == list(range(1 + ahead))
+        for name in model:
+            assert there(found[name]) == stored(model[name])
+        assert begun == list(range(len(model.in_layers())))
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 30])
+def test_the_first_layer_waits_for_no_other(device: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None) -> None:
     """A layer is handed out while the size of the next is not known yet: on a miss, that one may still be quantized."""
     with qc.load(path, "nf4", cache=tmp_path / "c") as model:
         known, real = threading.Event(), model.part_sizes
@@ -253,7 +286,7 @@ def test_the_first_layer_waits_for_no_other(device: Any, path: Path, tmp_path: P
             return real(name)
 
         monkeypatch.setattr(model, "part_sizes", part_sizes)
-        with model.upload(device, lazy=True, budget=1 << 30) as found:
+        with model.upload(device, lazy=True, budget=budget) as found:
             got: list[Any] = []
             asking = threading.Thread(target=lambda: got.append(found["blocks.0.a.weight"]))
             asking.start()

@@ -6,6 +6,7 @@ The shaders are put together from a codec's own WGSL and a frame here; a runtime
 from __future__ import annotations
 
 import math
+import weakref
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from quantcache.errors import UsageError
-from quantcache.loader.gpu.device import Binding
+from quantcache.loader.gpu.device import Binding, Device
 from quantcache.loader.gpu.tensors import GpuTensor, row_chunks
 from quantcache.quant.wgsl import UNIT, WeightShader
 from quantcache.tensor import float_dtype
@@ -22,8 +23,9 @@ __all__ = ["dequantize", "matvec", "record_matvec", "weight_shader"]
 
 Array = NDArray[Any]
 
-#: Rows that a workgroup multiplies, and its threads; vectors that one pass takes: docs/decisions/0012-gpu.md.
-_ROWS, _THREADS, _BATCH = 4, 64, 8
+#: Rows that a thread multiplies where the codec does not say, threads of a workgroup, those of one that uses qc_dots, and
+#: vectors that one pass takes: docs/decisions/0012-gpu.md.
+_ROWS, _THREADS, _FEW_THREADS, _BATCH = 4, 64, 32, 8
 #: A subgroup has at least so many threads.
 _SUBGROUP = 4
 
@@ -41,8 +43,7 @@ def weight_shader(tensor: GpuTensor, group: int = 0, first: int = 0) -> str:
     Raises:
         CodecError: no shader here decodes the codec.
     """
-    shader = tensor.shader
-    return shader.declarations(group, first) + shader.source
+    return tensor.shader.whole(group, first, keeps_subnormals=_keeps_subnormals(tensor.device))
 
 
 def dequantize(tensor: GpuTensor, dtype: DTypeLike = np.float16) -> Array:
@@ -144,11 +145,36 @@ def record_matvec(within: Any, tensor: GpuTensor, x: Binding, y: Binding, batch:
     for part, bound in row_chunks(tensor, tuple(shader.parts)):
         for first in range(0, batch, _BATCH):
             few = min(_BATCH, batch - first)
-            pipeline = device.pipeline(_product_source(shader, few, fast=fast, subgroups="subgroup" in device.features))
+            wide = few == 1 and shader.run > 0 and width % (2 * shader.apart * UNIT) == 0
+            rows_each = shader.rows if wide else _ROWS
+            source = _product_source(shader, few, fast=fast, wide=wide, subgroups="subgroup" in device.features, keeps_subnormals=_keeps_subnormals(device))
+            pipeline = device.pipeline(source)
             settings = device.uniform(width, len(part), part.start, rows)
             ends = device.uniform(first)
             bindings = [x, y, settings, ends, *(bound[name] for name in shader.parts)]
-            device.dispatch(within, pipeline, bindings, -(-len(part) // _ROWS))
+            device.dispatch(within, pipeline, bindings, -(-len(part) // rows_each))
+
+
+_kept: weakref.WeakKeyDictionary[Device, bool] = weakref.WeakKeyDictionary()
+_PROBE = """
+@group(0) @binding(0) var<storage, read> halves: array<u32>;
+@group(0) @binding(1) var<storage, read_write> found: array<u32>;
+@compute @workgroup_size(4)
+fn main(@builtin(local_invocation_index) lane: u32) { found[lane] = bitcast<u32>(unpack2x16float(halves[lane]).x); }
+"""
+
+
+def _keeps_subnormals(device: Device) -> bool:
+    """Return whether a device's unpack2x16float() keeps subnormal float16, which WGSL leaves open; found out once."""
+    if device not in _kept:
+        halves = np.array([0x0001, 0x03FF, 0x8001, 0x83FF], np.uint16)
+        given, found = device.buffer(256, "a few numbers"), device.buffer(256, "a few numbers")
+        device.write(given, 0, halves.astype(np.uint32).view(np.uint8))
+        encoder = device.encoder()
+        with device.compute_pass(encoder) as within:
+            device.dispatch(within, device.pipeline(_PROBE), [(given, 0, 16), (found, 0, 16)], 1)
+        _kept[device] = device.read((found, 0, 16), before=encoder).tobytes() == halves.view(np.float16).astype(np.float32).tobytes()
+    return _kept[device]
 
 
 def _by_units(tensor: GpuTensor, shader: WeightShader) -> bool:
@@ -189,7 +215,7 @@ def decode_source(shader: WeightShader, kind: str, *, fast: bool) -> str:
 {store}
   }}"""
     element = {"F32": "vec4<f32>" if fast else "vec2<f32>", "F16": "vec4<u32>" if fast else "u32"}[kind]
-    return f"""{shader.declarations(0, 2)}{shader.source}
+    return f"""{shader.whole(0, 2)}
 @group(0) @binding(0) var<storage, read_write> out: array<{element}>;
 @group(0) @binding(1) var<uniform> settings: vec4<u32>;
 @compute @workgroup_size(256)
@@ -215,12 +241,21 @@ def _stored_pair(kind: str) -> str:
 
 
 @cache
-def _product_source(shader: WeightShader, batch: int, *, fast: bool, subgroups: bool) -> str:
+def _product_source(shader: WeightShader, batch: int, *, fast: bool, wide: bool, subgroups: bool, keeps_subnormals: bool) -> str:
     """Return a shader that multiplies: a workgroup takes a few rows, its threads the columns in turn."""
-    sums = [(r, b) for r in range(_ROWS) for b in range(batch)]
+    row_count, lanes = (shader.rows, _FEW_THREADS) if wide else (_ROWS, _THREADS)
+    sums = [(r, b) for r in range(row_count) for b in range(batch)]
     zeros = "\n  ".join(f"var s{r}_{b} = 0.0;" for r, b in sums)
     # lanes that stand side by side read what stands side by side, of the weights and of the vectors
-    if fast:
+    turn = ""
+    if wide:
+        # a lane takes units that share bytes: of 2 * apart that follow each other, `run` and as many further on
+        run, apart = shader.run, shader.apart
+        place, end, each = "turn", f"units / {2 * run}u", apart // run
+        turn = f"    let unit = turn / {each}u * {2 * apart}u + turn % {each}u * {run}u;\n"
+        taken = [*range(run), *range(apart, apart + run)]
+        loads = "\n".join(f"    let x{n} = x[(settings2.x * units + unit + {taken[n // 2]}u) * 2u + {n % 2}u];" for n in range(2 * len(taken)))
+    elif fast:
         place, end, read = "unit", "units", "qc_unit"
         loads = "\n".join(f"    let x{b}_{k} = x[((settings2.x + {b}u) * units + unit) * 2u + {k}u];" for b in range(batch) for k in range(2))
         terms = [f"dot(w[0], x{b}_0) + dot(w[1], x{b}_1)" for b in range(batch)]
@@ -228,39 +263,42 @@ def _product_source(shader: WeightShader, batch: int, *, fast: bool, subgroups: 
         place, end, read = "column", "settings.x", "qc_weight"
         loads = "\n".join(f"    let x{b} = x[(settings2.x + {b}u) * settings.x + column];" for b in range(batch))
         terms = [f"w * x{b}" for b in range(batch)]
-    if fast and shader.has_dot and batch == 1:
-        rows = "\n".join(f"    s{r}_0 += qc_dot(min(row + {r}u, last), unit, settings.x, x0_0, x0_1);" for r in range(_ROWS))
+    if wide:
+        given = ", ".join(f"x{n}" for n in range(4 * shader.run))
+        rows = "\n".join(f"    s{r}_0 += qc_dots(min(row + {r}u, last), unit, settings.x, {given});" for r in range(row_count))
+    elif fast and shader.has_dot and batch == 1:
+        rows = "\n".join(f"    s{r}_0 += qc_dot(min(row + {r}u, last), unit, settings.x, x0_0, x0_1);" for r in range(row_count))
     else:
         rows = "\n".join(
             f"    {{ let w = {read}(min(row + {r}u, last), {place}, settings.x);\n"
             + "\n".join(f"      s{r}_{b} += {term};" for b, term in enumerate(terms))
             + "\n    }"
-            for r in range(_ROWS)
+            for r in range(row_count)
         )
-    loop = f"for (var {place} = lane; {place} < {end}; {place} += {_THREADS}u) {{\n{loads}\n{rows}\n  }}"
+    loop = f"for (var {place} = lane; {place} < {end}; {place} += {lanes}u) {{\n{turn}{loads}\n{rows}\n  }}"
     count = len(sums)
     if subgroups:
-        each = _THREADS // _SUBGROUP  # workgroup memory is zeroed first: the less, the better
+        each = lanes // _SUBGROUP  # workgroup memory is zeroed first: the less, the better
         gather = "\n  ".join(f"let t{r}_{b} = subgroupAdd(s{r}_{b}); if (sid == 0u) {{ sums[{n * each}u + lane / size] = t{r}_{b}; }}" for n, (r, b) in enumerate(sums))
-        total = f"""for (var k = 0u; k < ({_THREADS}u + size - 1u) / size; k += 1u) {{ total += sums[lane * {each}u + k]; }}"""
+        total = f"""for (var k = 0u; k < ({lanes}u + size - 1u) / size; k += 1u) {{ total += sums[lane * {each}u + k]; }}"""
         builtins = _BUILTINS + ", @builtin(subgroup_invocation_id) sid: u32, @builtin(subgroup_size) size: u32"
     else:
-        each = _THREADS
-        gather = "\n  ".join(f"sums[{n * _THREADS}u + lane] = s{r}_{b};" for n, (r, b) in enumerate(sums))
-        total = f"for (var k = 0u; k < {_THREADS}u; k += 1u) {{ total += sums[lane * {_THREADS}u + k]; }}"
+        each = lanes
+        gather = "\n  ".join(f"sums[{n * lanes}u + lane] = s{r}_{b};" for n, (r, b) in enumerate(sums))
+        total = f"for (var k = 0u; k < {lanes}u; k += 1u) {{ total += sums[lane * {lanes}u + k]; }}"
         builtins = _BUILTINS
-    return f"""{shader.declarations(0, 4)}{shader.source}
+    return f"""{shader.whole(0, 4, keeps_subnormals=keeps_subnormals)}
 @group(0) @binding(0) var<storage, read> x: array<{"vec4<f32>" if fast else "f32"}>;
 @group(0) @binding(1) var<storage, read_write> y: array<f32>;
 @group(0) @binding(2) var<uniform> settings: vec4<u32>;  // width, rows bound, first of them, rows of the tensor
 @group(0) @binding(3) var<uniform> settings2: vec4<u32>;  // first vector
 var<workgroup> sums: array<f32, {count * each}>;
-@compute @workgroup_size({_THREADS})
+@compute @workgroup_size({lanes})
 fn main({builtins}) {{
   qc_init(lane);
   workgroupBarrier();
   {_NUMBER}
-  let row = number * {_ROWS}u;
+  let row = number * {row_count}u;
   let last = settings.y - 1u;
   let units = settings.x / {UNIT}u;
   {zeros}

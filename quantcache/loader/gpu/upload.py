@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["GpuModel", "upload"]
 
 #: Bytes that a thread brings at a time.
-_STEP = 16 << 20
+_STEP = 32 << 20
 #: Bytes of the buffers that a whole model comes in.
 _BUNDLE = 1 << 30
 #: A part that is brought in several steps is cut at multiples of this, if it has no digests.
@@ -44,6 +44,8 @@ _AHEAD = 2
 #: What is smaller is put together on the way with what stands beside it on the device, up to so many bytes.
 _SMALL = 64 << 10
 _SMALLS = 4 << 20
+#: Layers that a lazy model without a budget brings ahead: with one, threads would wait at the end of each for its last steps.
+_LAYERS_AHEAD = 2
 #: More threads than that gain nothing: docs/decisions/0012-gpu.md.
 _MAX_THREADS = 8
 
@@ -165,7 +167,8 @@ class GpuModel(Mapping[str, GpuTensor]):
         self._resident: OrderedDict[int, _Group] = OrderedDict()  # the least recently used first
         self._closed = False
         self._homes: weakref.WeakSet[Home] = weakref.WeakSet()
-        self._loader: threading.Thread | None = None
+        self._loaders: list[threading.Thread] = []
+        self._turn = threading.Lock()  # layers are begun one after the other
         self._pool = ThreadPoolExecutor(self._threads, "quantcache-upload")
         self._checkers = ThreadPoolExecutor(self._threads, "quantcache-check")
         self._wanted: deque[tuple[_Group, _Group]] = deque()  # a layer, and the one that it must fit beside
@@ -262,27 +265,33 @@ class GpuModel(Mapping[str, GpuTensor]):
                     break
                 self._changed.wait(0.5)
         found = self._bring(group)
-        assert found is not None
         with self._changed:
             self._ask_next(group)
         return found
 
-    def _bring(self, group: _Group, beside: _Group | None = None) -> dict[str, GpuTensor] | None:
-        """Load a group that was marked as loading, and return its tensors.
+    def _bring(self, group: _Group) -> dict[str, GpuTensor]:
+        """Load a group that was marked as loading, and return its tensors."""
+        with self._bringing(group) as arriving:
+            self._start(group, None, arriving)
+            if not arriving:
+                raise DeviceError("this model was closed")
+            if self._budget is None:  # behind this one: the threads go on without a pause
+                with self._changed:
+                    self._ask_next(group)
+            return self._arrive(arriving[0])
 
-        Args:
-            group: which.
-            beside: a group that has to stay: if both do not fit the budget, nothing is done.
-        """
+    def _start(self, group: _Group, beside: _Group | None, arriving: list[_Arriving]) -> None:
+        """Begin to load a group, unless it does not fit the budget beside another that has to stay."""
+        if self._make_room(group, beside):
+            self._prefetch(self._groups[group.number : group.number + 1 + _LAYERS_AHEAD])
+            arriving.append(self._begin(group))
+
+    @contextlib.contextmanager
+    def _bringing(self, group: _Group) -> Iterator[list[_Arriving]]:
+        """Give what is on its way up if the block fails; the group is not marked as loading after it."""
         arriving: list[_Arriving] = []
         try:
-            if not self._make_room(group, beside):
-                if beside is None:
-                    raise DeviceError("this model was closed")
-                return None
-            self._prefetch(self._groups[group.number : group.number + 2])
-            arriving = [self._begin(group)]
-            return self._arrive(arriving[0])
+            yield arriving
         except BaseException as error:
             self._stop(arriving)
             with self._changed:
@@ -296,29 +305,42 @@ class GpuModel(Mapping[str, GpuTensor]):
                 self._changed.notify_all()
 
     def _ask_next(self, group: _Group) -> None:
-        """Have the next layer come, if it fits beside this one: how large it is, its thread finds out, a miss may have to be waited for."""
-        following = self._groups[group.number + 1 : group.number + 2]
-        if not self._lazy or not following or following[0].home is not None or following[0].loading or following[0].apart:
-            return
-        following[0].loading = True
-        self._wanted.append((following[0], group))
-        if self._loader is None or not self._loader.is_alive():
-            self._loader = threading.Thread(target=self._run, name="quantcache-next-layer", daemon=True)
-            self._loader.start()
-        self._changed.notify_all()
+        """Have the next layers come; with a budget one, if it fits beside this: how large it is, its thread finds out, a miss may have to be waited for."""
+        ahead = 0 if not self._lazy else 1 if self._budget is not None else _LAYERS_AHEAD
+        for following in self._groups[group.number + 1 : group.number + 1 + ahead]:
+            if following.home is not None or following.loading or following.apart:
+                continue
+            following.loading = True
+            self._loaders = [thread for thread in self._loaders if thread.is_alive()]
+            if len(self._loaders) < ahead:
+                thread = threading.Thread(target=self._run, name="quantcache-next-layer", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads here: whoever asks for the layer brings it
+                    following.loading = bool(self._loaders)
+                else:
+                    self._loaders.append(thread)
+            if following.loading:
+                self._wanted.append((following, group))
+            self._changed.notify_all()
 
     def _run(self) -> None:
         end = time.monotonic() + 5
         while True:
-            with self._changed:
-                while not self._wanted and not self._closed and time.monotonic() < end:
-                    self._changed.wait(1)
-                if not self._wanted:
-                    self._loader = None
-                    return
-                group, beside = self._wanted.popleft()
-            with contextlib.suppress(Exception):  # whoever asks for the layer tries again, and is told
-                self._bring(group, beside)
+            with contextlib.ExitStack() as stack:
+                with self._turn:
+                    with self._changed:
+                        while not self._wanted and not self._closed and time.monotonic() < end:
+                            self._changed.wait(1)
+                        if not self._wanted:
+                            self._loaders.remove(threading.current_thread())
+                            return
+                        group, beside = self._wanted.popleft()
+                    stack.enter_context(contextlib.suppress(Exception))  # whoever asks for the layer tries again, and is told
+                    arriving = stack.enter_context(self._bringing(group))
+                    self._start(group, beside, arriving)
+                if arriving:
+                    self._arrive(arriving[0])
             end = time.monotonic() + 5
 
     def _size(self, group: _Group) -> int:

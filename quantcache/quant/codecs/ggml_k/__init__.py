@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantcache.quant.blocks import Reference, register_family
+from quantcache.quant.blocks import BlockShader, Reference, register_family
 from quantcache.quant.codecs.ggml_k import reference
 
 _D, _DMIN, _SIXES = ("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", (12,))
@@ -22,8 +22,8 @@ _TYPES: list[tuple[str, list[Any], Reference]] = [
     ("Q8_K", [("d", "<f4"), ("qs", "i1", (256,)), ("bsums", "<i2", (16,))], reference.q8_k),
 ]
 _SHADERS = {
-    "Q4_K": ("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q4_k.wgsl"),
-    "Q5_K": ("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q5_k.wgsl"),
-    "Q6_K": ("scaled.wgsl", "codecs/ggml_k/q6_k.wgsl"),
+    "Q4_K": BlockShader(("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q4_k.wgsl"), run=2, apart=4, rows=6, lines=True),
+    "Q5_K": BlockShader(("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q5_k.wgsl"), run=2, apart=4, lines=True),
+    "Q6_K": BlockShader(("scaled.wgsl", "codecs/ggml_k/q6_k.wgsl"), run=1, apart=8),
 }
 register_family("ggml_k_decode", _TYPES, shaders=_SHADERS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantcache.quant.blocks import Reference, register_family
+from quantcache.quant.blocks import BlockShader, Reference, register_family
 from quantcache.quant.codecs.ggml_legacy import reference
 
 _D, _M = ("d", "<f2"), ("m", "<f2")
@@ -26,5 +26,8 @@ _TYPES: list[tuple[str, list[Any], Reference]] = [
     ("Q1_0", [_D, ("qs", "u1", (16,))], reference.q1_0),
     ("Q2_0", [_D, ("qs", "u1", (16,))], reference.q2_0),
 ]
-_SHADERS = {name: ("scaled.wgsl", f"codecs/ggml_legacy/{name.lower()}.wgsl") for name in ("Q4_0", "Q8_0")}
+_SHADERS = {
+    "Q4_0": BlockShader(("scaled.wgsl", "codecs/ggml_legacy/q4_0.wgsl"), run=1, apart=2),
+    "Q8_0": BlockShader(("scaled.wgsl", "codecs/ggml_legacy/q8_0.wgsl")),
+}
 register_family("ggml_legacy_decode", _TYPES, shaders=_SHADERS)

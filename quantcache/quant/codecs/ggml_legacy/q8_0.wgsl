@@ -3,10 +3,7 @@
 const QC_BLOCK = 34u;
 const QC_SHIFT = 2u;
 
-fn qc_codes(word: u32) -> vec4<f32> {
-  let w = bitcast<i32>(word);
-  return vec4<f32>(vec4<i32>((w << 24u) >> 24u, (w << 16u) >> 24u, (w << 8u) >> 24u, w >> 24u));
-}
+fn qc_codes(word: u32) -> vec4<f32> { return qc_signed_codes(word); }
 
 fn qc_scale(at: u32, flat: u32) -> f32 { return qc_half_at(at); }
 

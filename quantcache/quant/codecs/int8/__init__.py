@@ -82,7 +82,7 @@ class Int8(Codec):
         """Return weights.wgsl, with the scales as they are stored."""
         kind, file = ("array<u32>", "scales_f16") if dtypes["scales"] == "F16" else ("array<f32>", "scales_f32")
         parts = {"codes": "array<vec2<u32>>", "scales": kind, "biases": kind}
-        return WeightShader(parts, read(f"codecs/int8/{file}.wgsl") + read("codecs/int8/weights.wgsl"))
+        return WeightShader(parts, "".join(map(read, ("codes.wgsl", f"codecs/int8/{file}.wgsl", "codecs/int8/weights.wgsl"))))
 
     def encode_shader(self, shape: tuple[int, ...], variant: str) -> EncodeShader | None:
         """Return encode.wgsl, which takes two groups at a time: two float16 are a word."""

@@ -3,11 +3,7 @@
 
 fn qc_init(local_index: u32) {}
 
-fn qc_bytes(word: u32) -> vec4<f32> {
-  return vec4<f32>(vec4<u32>(word & 255u, (word >> 8u) & 255u, (word >> 16u) & 255u, word >> 24u));
-}
-
-fn qc_four(word: u32, scale: f32, bias: f32) -> vec4<f32> { return qc_bytes(word) * scale + vec4<f32>(bias); }
+fn qc_four(word: u32, scale: f32, bias: f32) -> vec4<f32> { return qc_codes8(word, 0.0) * scale + vec4<f32>(bias); }
 
 fn qc_unit(row: u32, unit: u32, width: u32) -> array<vec4<f32>, 2> {
   let at = row * (width / 8u) + unit;
@@ -21,5 +17,5 @@ fn qc_dot(row: u32, unit: u32, width: u32, x: vec4<f32>, y: vec4<f32>) -> f32 {
   let at = row * (width / 8u) + unit;
   let codes = qc_codes[at];
   let sum = dot(x + y, vec4<f32>(1.0));
-  return qc_scale(at >> 4u) * (dot(qc_bytes(codes.x), x) + dot(qc_bytes(codes.y), y)) + qc_bias(at >> 4u) * sum;
+  return qc_scale(at >> 4u) * (dot(qc_codes8(codes.x, 0.0), x) + dot(qc_codes8(codes.y, 0.0), y)) + qc_bias(at >> 4u) * sum;
 }

@@ -83,7 +83,7 @@ class Int8Row(Codec):
     def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
         """Return weights.wgsl."""
         parts = {"codes": "array<vec2<u32>>", "scales": "array<f32>"}
-        return WeightShader(parts, read("codecs/int8_row/weights.wgsl"), any_width=True)
+        return WeightShader(parts, read("codes.wgsl") + read("codecs/int8_row/weights.wgsl"), any_width=True)
 
     def encode_shader(self, shape: tuple[int, ...], variant: str) -> EncodeShader | None:
         """Return encode.wgsl, a row a workgroup; None for rows that are no whole words."""

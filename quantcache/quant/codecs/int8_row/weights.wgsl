@@ -9,12 +9,7 @@ fn qc_divided(product: vec4<f32>) -> vec4<f32> {
   return fma(fma(-quotient, vec4<f32>(127.0), product), vec4<f32>(inverse), quotient);
 }
 
-fn qc_bytes(word: u32) -> vec4<f32> {
-  let w = bitcast<i32>(word);
-  return vec4<f32>(vec4<i32>((w << 24u) >> 24u, (w << 16u) >> 24u, (w << 8u) >> 24u, w >> 24u));
-}
-
-fn qc_four(word: u32, scale: f32) -> vec4<f32> { return qc_divided(qc_bytes(word) * scale); }
+fn qc_four(word: u32, scale: f32) -> vec4<f32> { return qc_divided(qc_signed_codes(word) * scale); }
 
 fn qc_unit(row: u32, unit: u32, width: u32) -> array<vec4<f32>, 2> {
   let codes = qc_codes[row * (width / 8u) + unit];
@@ -28,5 +23,5 @@ fn qc_weight(row: u32, column: u32, width: u32) -> f32 {
 
 fn qc_dot(row: u32, unit: u32, width: u32, x: vec4<f32>, y: vec4<f32>) -> f32 {
   let codes = qc_codes[row * (width / 8u) + unit];
-  return (dot(qc_bytes(codes.x), x) + dot(qc_bytes(codes.y), y)) * qc_divided(vec4<f32>(qc_scales[row])).x;
+  return (dot(qc_signed_codes(codes.x), x) + dot(qc_signed_codes(codes.y), y)) * qc_divided(vec4<f32>(qc_scales[row])).x;
 }

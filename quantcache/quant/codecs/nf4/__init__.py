@@ -161,7 +161,8 @@ class Nf4(Codec):
         """Return weights.wgsl; None if absmax is quantized, too."""
         if self.nested:
             return None
-        return WeightShader({"codes": "array<u32>", "absmax": "array<f32>"}, read("codecs/nf4/weights.wgsl"))
+        parts = {"codes": "array<vec2<u32>>", "absmax": "array<f32>"}
+        return WeightShader(parts, read("codecs/nf4/weights.wgsl"), run=1, apart=1, rows=8)
 
     def encode_shader(self, shape: tuple[int, ...], variant: str) -> EncodeShader | None:
         """Return encode.wgsl; of nested ones absmax becomes codes on the CPU."""

@@ -1,0 +1,1 @@
+fn qc_word(i: u32) -> u32 { return qc_blocks[i]; }
