@@ -30,7 +30,7 @@ from quantcache.tensor import ITEMSIZE
 __all__ = ["GpuQuantizer", "Kept"]
 
 #: Bytes that go up at a time, as the source has them or as float32, whichever is more; and how many such steps are under way.
-_STEP = 16 << 20
+_STEP = 32 << 20
 _LANES = 4
 #: Bytes behind a step that a shader may read, and does not use.
 _SLACK = 256
