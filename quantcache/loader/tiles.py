@@ -5,8 +5,6 @@ Knows no threads and no store: a pipeline runs it, and so does whoever compares 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,8 +59,7 @@ def encode_tile(
     stop = min(start + job.tile, job.size)
     if stop <= start:  # an empty tensor
         return Status.OK, []
-    with _reading(source, job, start, stop, behind) as raw:
-        return _encode(job, start, raw, work, outputs)
+    return _encode(job, start, _read(source, job, start, stop, behind), work, outputs)
 
 
 def _encode(job: Job, start: int, raw: NDArray[np.uint8], work: Scratch, outputs: Scratch) -> tuple[Status, list[Piece]]:
@@ -122,7 +119,8 @@ def encode_tiles(
         stop: behind the last weight.
         quantizer: does it; what it refuses is done here.
     """
-    with _reading(source, job, start, stop, behind) as raw, span("quantize", raw.nbytes, job.info.name):
+    raw = _read(source, job, start, stop, behind)
+    with span("quantize", raw.nbytes, job.info.name):
         made = quantizer.encode(job, start, raw, outputs)
     pieces: list[Piece] = []
     if made is not None:
@@ -145,25 +143,21 @@ def encode_tiles(
     return Status.OK, pieces
 
 
-@contextlib.contextmanager
-def _reading(source: Source, job: Job, start: int, stop: int, behind: DigestBehind | None) -> Iterator[NDArray[np.uint8]]:
-    """Give a tile's bytes as the source maps them, faulted in; of a big-endian file a copy. They are digested after the block.
-
-    Whoever is first brings them into the processor's caches: kernels fetch ahead while they compute, a digest waits.
-    """
+def _read(source: Source, job: Job, start: int, stop: int, behind: DigestBehind | None) -> NDArray[np.uint8]:
+    """Return a tile's bytes as the source maps them, faulted in and digested; of a big-endian file a copy."""
     first, last = source.extent(job.info, start, stop)
     raw = source.file.bytes[first:last]
-    if behind is not None:
-        behind.begin(first, last)
-    try:
+    if behind is None:
         source.file.populate(first, last - first)
-        yield source.little_endian(job.info, raw)
-    except BaseException:
-        if behind is not None:
+    else:
+        behind.begin(first, last)
+        try:
+            source.file.populate(first, last - first)
+        except BaseException:
             behind.give_up(first, last)
-        raise
-    if behind is not None:
+            raise
         behind.feed(first, raw.data)
+    return source.little_endian(job.info, raw)
 
 
 def whole_pieces(job: Job) -> list[Piece]:

@@ -30,7 +30,7 @@ _FENCED = 16 << 20
 #: Bytes that are read back at a time.
 _READ = 256 << 20
 #: The largest buffer for reading back that is kept for the next time.
-_KEPT = 16 << 20
+_KEPT = 32 << 20
 #: (buffer, first byte, bytes)
 Binding = tuple[Any, int, int]
 _WANTED = ("subgroup", "timestamp-query", "shader-f16")
