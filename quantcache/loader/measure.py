@@ -128,7 +128,11 @@ def floor(path: str | os.PathLike[str], folder: Path, *, threads: int = 1, **wan
     paths = sorted({source.path for source, _ in jobs})
     file_nbytes = max(1, sum(path.stat().st_size for path in paths))
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(rates, range(threads)))
+        try:
+            found = list(pool.map(rates, range(threads)))
+        except BaseException:  # a thread that could not be started: the others wait for it
+            barrier.abort()
+            raise
     read_s, quantize_s, write_s = (statistics.mean(part) for part in zip(*found, strict=True))
     return Floor(read_s, quantize_s, write_s, source_nbytes, stored_nbytes)
 
@@ -138,7 +142,11 @@ def _quantize_and_write(tiles: list[tuple[Source, Job, int]], target: Path, barr
     profile, work, outputs = Profile(), Scratch(), Scratch()
     read = wrote = 0
     write_s = 0.0
-    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    except BaseException:
+        barrier.abort()
+        raise
     try:
         for timed in (False, True):  # first so that buffers and page cache are warm
             barrier.wait()

@@ -226,7 +226,8 @@ class Pipeline:
         self.builds, self.profile, self._quantizer = builds, profile or Profile(), quantizer
         self._progress, self._told_s = progress, 0.0
         self._started_s = time.monotonic()
-        self._lock = threading.Lock()
+        # re-entrant: a collection may cancel a forgotten model under it, and Ctrl-C finds it as it was, which a plain one is not
+        self._lock = threading.RLock()
         #: what workers wait for, and what callers do: a tile that is done wakes no caller
         self._todo, self._done = threading.Condition(self._lock), threading.Condition(self._lock)
         self._urgent: deque[_Task] = deque()

@@ -23,6 +23,9 @@ DEFAULT_EXCLUDE = (
 )  # fmt: skip
 MIN_ELEMENTS = 4096
 
+#: Rules of one regular expression: with thousands it takes longer than one after the other.
+_TOGETHER = 256
+
 OTHER = "other"
 _OTHERS = ("f16", "keep")
 
@@ -83,8 +86,11 @@ class Recipe:
         if native not in ("keep", "convert"):
             raise UsageError(f"native={native!r}: it is 'keep' or 'convert'")
         self.other, self.native = other, native
-        # one expression with a group a rule: a model has thousands of names, and every rule would be tried on each
-        self._first = re.compile("|".join(f"({fnmatch.translate(rule.pattern)})" for rule in self.rules) or "(?!)").match
+        # expressions with a group a rule: a model has thousands of names, and every rule would be tried on each
+        self._firsts = [
+            (start, re.compile("|".join(f"({fnmatch.translate(rule.pattern)})" for rule in self.rules[start : start + _TOGETHER])).match)
+            for start in range(0, len(self.rules), _TOGETHER)
+        ]
         used = [rule.codec for rule in self.rules if rule.codec not in (OTHER, "keep")]
         self.label = label or "+".join(dict.fromkeys(used)) or "native"
 
@@ -162,8 +168,7 @@ class Recipe:
             tensor: of the source.
             merged: an adapter changes it, so that it cannot pass through.
         """
-        found = self._first(tensor.name)
-        rule = self.rules[found.lastindex - 1] if found and found.lastindex else None
+        rule = self._rule(tensor.name)
         wanted = rule if rule and rule.codec not in (OTHER, "keep") and not tensor.transposed else None
         exponent = rule.exponent if rule else 0
         if tensor.is_block:
@@ -187,6 +192,13 @@ class Recipe:
         if not half or (tensor.dtype == "F16" and not exponent):
             return Decision("keep", exponent, reason)
         return Decision("f16", exponent, reason)
+
+    def _rule(self, name: str) -> Rule | None:
+        """Return the first rule that matches."""
+        for start, match in self._firsts:
+            if (found := match(name)) is not None and found.lastindex is not None:
+                return self.rules[start + found.lastindex - 1]
+        return None
 
     def _decide_block(self, tensor: TensorInfo, wanted: Rule | None, exponent: int, *, must_change: bool) -> Decision:
         if not tensor.is_known:

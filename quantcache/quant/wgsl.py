@@ -55,6 +55,11 @@ class WeightShader:
     rows: int = 4
 
     @property
+    def asks(self) -> bool:
+        """Whether it makes a difference what the device does to subnormal numbers."""
+        return "QC_KEEPS_SUBNORMALS" in self.source
+
+    @property
     def has_dot(self) -> bool:
         """Whether there is a qc_dot."""
         return "fn qc_dot(" in self.source

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -519,6 +520,10 @@ def test_a_layer_that_could_not_be_fetched_ahead(device: Any, path: Path, tmp_pa
         monkeypatch.setattr(found, "_begin", begin)
         assert found["emb.weight"].nbytes
         assert tried.wait(60)
+        while found._groups[1].loading:
+            time.sleep(0.001)
+        assert found["emb.weight"].nbytes  # for which it is not tried again
+        assert not found._groups[1].loading
         assert there(found["blocks.0.a.weight"]) == stored(model["blocks.0.a.weight"])
 
 

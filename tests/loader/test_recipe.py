@@ -222,10 +222,13 @@ def test_no_decision_drops_a_factor_or_an_adapter(info: TensorInfo) -> None:
             assert decision.exponent == (-1 if len(rule) == 3 else 0), (rule, other, native)
 
 
-@given(st.lists(st.text("ab*?[]!-.\n|()", max_size=6), max_size=6), st.text("ab.-\n|()", max_size=8))
-def test_rules_match_as_fnmatch_does(patterns: list[str], name: str) -> None:
-    """Of any patterns the first counts that fnmatch finds to match, whatever regular expressions make of its characters."""
-    recipe = Recipe([(pattern, "keep", 2.0**n) for n, pattern in enumerate(patterns)])
+@given(st.lists(st.text("ab*?[]!-.\n|()", max_size=6), max_size=6), st.text("ab.-\n|()", max_size=8), st.sampled_from([0, 1, 253, 256, 600]))
+def test_rules_match_as_fnmatch_does(patterns: list[str], name: str, before: int) -> None:
+    """Of any patterns the first counts that fnmatch finds to match, whatever regular expressions make of its characters.
+
+    Also behind rules that match nothing, more than go into one expression.
+    """
+    recipe = Recipe([("zz", "int8")] * before + [(pattern, "keep", 2.0**n) for n, pattern in enumerate(patterns)])
     decided = recipe.decide(TensorInfo(name, "F32", (64, 64), 0, 64 * 64 * 4))
     expected = next((n for n, pattern in enumerate(patterns) if fnmatch.fnmatchcase(name, pattern)), None)
     assert (decided.codec, decided.exponent) == (("f16", 0) if expected is None else ("keep", expected))

@@ -33,6 +33,45 @@ def left(store: Path) -> list[Path]:
     return [*store.glob("v1/entries/*/*"), *store.glob("v1/tmp/*")]
 
 
+def test_cancel_within_the_lock(model_path: Path, tmp_path: Path) -> None:
+    """What a collection or a signal handler does to a model under the pipeline's own lock does not wait for itself."""
+    model = qc.load(model_path, cache=tmp_path / "c")
+    pipeline = model._pipelines[0]
+
+    def collected() -> None:
+        with pipeline._lock:
+            model.cancel()
+
+    thread = threading.Thread(target=collected, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert left(tmp_path / "c") == []
+
+
+def test_ctrl_c_while_the_lock_is_taken_back(model_path: Path, tmp_path: Path) -> None:
+    """Ctrl-C that comes while a caller wakes up is Ctrl-C, and cancels: the caller lets go of no lock that it has not."""
+    code = (
+        "import os, signal, sys, threading, time, quantcache as qc\n"
+        "from quantcache.loader import pipeline\n"
+        "gone = threading.Event()\n"
+        "def tile(self, *given): gone.wait(60)\n"
+        "pipeline.Pipeline._tile = tile\n"
+        "def interrupt():\n"
+        "    time.sleep(0.3)\n"
+        "    with model._pipelines[0]._lock:\n"  # the caller wakes up every fifth of a second, and waits for it
+        "        time.sleep(0.5); os.kill(os.getpid(), signal.SIGINT); time.sleep(0.5)\n"
+        "    print('kept', flush=True); gone.set()\n"
+        "thread = threading.Thread(target=interrupt, daemon=True)\n"
+        "try:\n"
+        "    with qc.load(sys.argv[1], cache=sys.argv[2]) as model: thread.start(); model['blocks.0.a.weight']\n"
+        "except KeyboardInterrupt: thread.join(); print('interrupted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, model_path, tmp_path / "c"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["kept", "interrupted"], done.stderr
+    assert left(tmp_path / "c") == []
+
+
 def test_cancel_while_the_disk_hangs(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sync that does not come back holds up neither the caller nor the cleaning up, and publishes nothing afterwards."""
     hanging, go = threading.Event(), threading.Event()

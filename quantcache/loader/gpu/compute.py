@@ -42,8 +42,9 @@ def weight_shader(tensor: GpuTensor, group: int = 0, first: int = 0) -> str:
 
     Raises:
         CodecError: no shader here decodes the codec.
+        DeviceError: the device failed; of GGUF blocks it is asked, once, what it does to subnormal numbers.
     """
-    return tensor.shader.whole(group, first, keeps_subnormals=_keeps_subnormals(tensor.device))
+    return tensor.shader.whole(group, first, keeps_subnormals=tensor.shader.asks and _keeps_subnormals(tensor.device))
 
 
 def dequantize(tensor: GpuTensor, dtype: DTypeLike = np.float16) -> Array:
@@ -125,6 +126,8 @@ def matvec(tensor: GpuTensor, x: Array) -> NDArray[np.float32]:
 def record_matvec(within: Any, tensor: GpuTensor, x: Binding, y: Binding, batch: int = 1) -> None:
     """Record the same into a compute pass of your own: nothing is waited for, nothing comes back.
 
+    But for the first GGUF blocks on a device: it is asked, once, what it does to subnormal numbers.
+
     Args:
         within: a wgpu compute pass encoder of the tensor's device.
         tensor: of shape (out, in).
@@ -142,12 +145,13 @@ def record_matvec(within: Any, tensor: GpuTensor, x: Binding, y: Binding, batch:
     if x[2] < batch * width * 4 or y[2] < batch * rows * 4:
         raise UsageError(f"x and y have {x[2]} and {y[2]} bytes, {batch} vectors take {batch * width * 4} and {batch * rows * 4}")
     fast = _by_units(tensor, shader)
+    keeps = shader.asks and _keeps_subnormals(device)
     for part, bound in row_chunks(tensor, tuple(shader.parts)):
         for first in range(0, batch, _BATCH):
             few = min(_BATCH, batch - first)
             wide = few == 1 and shader.run > 0 and width % (2 * shader.apart * UNIT) == 0
             rows_each = shader.rows if wide else _ROWS
-            source = _product_source(shader, few, fast=fast, wide=wide, subgroups="subgroup" in device.features, keeps_subnormals=_keeps_subnormals(device))
+            source = _product_source(shader, few, fast=fast, wide=wide, subgroups="subgroup" in device.features, keeps_subnormals=keeps)
             pipeline = device.pipeline(source)
             settings = device.uniform(width, len(part), part.start, rows)
             ends = device.uniform(first)

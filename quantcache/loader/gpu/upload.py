@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantcache.errors import DeviceError, UsageError
+from quantcache.errors import DeviceError, DeviceOutOfMemory, UsageError
 from quantcache.loader.ahead import Check
 from quantcache.loader.gpu.device import Device
 from quantcache.loader.gpu.tensors import GpuTensor, Home, Span, padded_nbytes, place
@@ -84,7 +84,7 @@ class _Group:
         self.home: Home | None = None
         self.tensors: dict[str, GpuTensor] = {}
         self.loading = False
-        self.apart = False  # the budget does not take it beside the layer before it
+        self.apart = False  # the budget, or the device, does not take it beside the layers before it
         self.reserved = 0  # bytes that count against the budget, from before it is loaded until it leaves
 
 
@@ -336,12 +336,23 @@ class GpuModel(Mapping[str, GpuTensor]):
                             self._loaders.remove(threading.current_thread())
                             return
                         group, beside = self._wanted.popleft()
-                    stack.enter_context(contextlib.suppress(Exception))  # whoever asks for the layer tries again, and is told
+                    stack.enter_context(self._quietly(group))
                     arriving = stack.enter_context(self._bringing(group))
                     self._start(group, beside, arriving)
                 if arriving:
                     self._arrive(arriving[0])
             end = time.monotonic() + 5
+
+    @contextlib.contextmanager
+    def _quietly(self, group: _Group) -> Iterator[None]:
+        """Keep what fails behind the caller's back: whoever asks for the layer tries again, and is told."""
+        try:
+            yield
+        except DeviceOutOfMemory:
+            with self._changed:
+                group.apart = True  # else it would be tried at every use of the layers before it
+        except Exception:  # noqa: BLE001, S110 - see above
+            pass
 
     def _size(self, group: _Group) -> int:
         """Return the bytes that a group takes on the device; waits until it is quantized."""
