@@ -59,7 +59,7 @@ class Pool:
 
     def __init__(self, threads: int, profile: Profile | None = None) -> None:
         self._count, self._profile = threads, profile
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # which Ctrl-C finds as it was: a plain one is let go by a caller that has not got it back
         #: what threads wait for, and what callers do: a piece that is done wakes nobody
         self._asked, self._brought = threading.Condition(self._lock), threading.Condition(self._lock)
         self._queue: deque[_Bringing] = deque()

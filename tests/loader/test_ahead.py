@@ -197,6 +197,21 @@ def test_no_threads_to_be_had(model_path: Path, tmp_path: Path, monkeypatch: pyt
         assert not model.hit
 
 
+def test_closed_within_the_lock(model_path: Path, tmp_path: Path) -> None:
+    """What a collection or a signal handler does to a model under the pool's own lock does not wait for itself."""
+    qc.load(model_path, "int8", cache=tmp_path / "c").close()
+    model = qc.load(model_path, "int8", cache=tmp_path / "c")
+
+    def collected() -> None:
+        with model._options.pool._lock:
+            model.close()
+
+    thread = threading.Thread(target=collected, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
 def test_only_some_threads_to_be_had(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a second thread cannot be started, the first builds all of it."""
     start, started = threading.Thread.start, []
