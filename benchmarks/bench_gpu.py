@@ -45,10 +45,11 @@ def torch_rows(path: Path, nbytes: int) -> list[Row]:
     mapped = torch.from_numpy(np.memmap(path, np.uint8, "c")[:nbytes])
     there = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     pinned = mapped.clone().pin_memory()
-    step = 16 << 20
+    step, cores = 16 << 20, torch.get_num_threads()
     ring = [torch.empty(step, dtype=torch.uint8).pin_memory() for _ in range(4)]
 
-    def fed() -> None:
+    def fed(threads: int) -> None:
+        torch.set_num_threads(threads)
         events: list[Any] = [None] * len(ring)
         for number, start in enumerate(range(0, nbytes, step)):
             slot, end = number % len(ring), min(start + step, nbytes)
@@ -67,7 +68,8 @@ def torch_rows(path: Path, nbytes: int) -> list[Row]:
     return [
         Row("torch, pinned, into memory that is there", lambda: copied(pinned), nbytes),
         Row("torch, pageable", lambda: copied(mapped), nbytes),
-        Row("torch, pinned ring from the mapped file", fed, nbytes),
+        Row("torch, pinned ring from the mapped file, 4 threads", lambda: fed(4), nbytes),
+        Row("torch, pinned ring from the mapped file, all cores", lambda: fed(cores), nbytes),
     ]
 
 
