@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -157,3 +159,24 @@ def in_threads() -> Callable[[int, Callable[[int], None]], None]:
                 done.result(120)
 
     return run
+
+
+@pytest.fixture
+def one_thread() -> Callable[..., contextlib.AbstractContextManager[list[threading.Thread]]]:
+    """Within the block only one more thread can be started; it gives the list of those that were."""
+
+    @contextlib.contextmanager
+    def limited() -> Iterator[list[threading.Thread]]:
+        start, started = threading.Thread.start, list[threading.Thread]()
+
+        def once(self: threading.Thread) -> None:
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(self)
+            start(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threading.Thread, "start", once)
+            yield started
+
+    return limited

@@ -212,22 +212,13 @@ def test_closed_within_the_lock(model_path: Path, tmp_path: Path) -> None:
     assert not thread.is_alive()
 
 
-def test_only_some_threads_to_be_had(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_some_threads_to_be_had(model_path: Path, tmp_path: Path, one_thread: Callable[..., Any]) -> None:
     """Where a second thread cannot be started, the first builds all of it."""
-    start, started = threading.Thread.start, []
-
-    def once(self: threading.Thread) -> None:
-        if started:
-            raise RuntimeError("can't start new thread")
-        started.append(self)
-        start(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", once)
+    with one_thread() as started:
         with qc.load(model_path, "int8", cache=tmp_path / "c", threads=4) as model:
             right = parts(model)
             model.finish()
-    assert len(started) == 1
+        assert len(started) == 1
     with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
         assert model.hit
         assert parts(model) == right

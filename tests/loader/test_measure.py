@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +54,13 @@ def test_floor_of_a_disk_that_fails(model_path: Path, tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-def test_floor_without_files_or_threads(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floor_without_files_or_threads(model_path: Path, tmp_path: Path, one_thread: Callable[..., Any]) -> None:
     """A file that one thread cannot make, or a thread that cannot be started, is said; the others do not wait for it."""
     (tmp_path / "rate-1").mkdir()
     with pytest.raises(OSError, match="rate-1"):
         floor(model_path, tmp_path, threads=3)
     (tmp_path / "rate-1").rmdir()
-    start, started = threading.Thread.start, []
-
-    def once(self: threading.Thread) -> None:
-        if started:
-            raise RuntimeError("can't start new thread")
-        started.append(self)
-        start(self)
-
-    monkeypatch.setattr(threading.Thread, "start", once)
-    with pytest.raises(RuntimeError, match="new thread"):
+    with one_thread(), pytest.raises(RuntimeError, match="new thread"):
         floor(model_path, tmp_path, threads=2)
 
 
