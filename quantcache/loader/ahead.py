@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -228,9 +228,26 @@ class Stored:
         if self._pool.process != os.getpid():
             return
         with self._lock:
-            wanted = (key for key in keys if key not in self._tensors and self._wanting(key))
-            new = [self._bringing(key) for key in sorted(wanted, key=self.entry.header.offsets.__getitem__)]
+            wanted = sorted((key for key in keys if key not in self._tensors and self._wanting(key)), key=self.entry.header.offsets.__getitem__)
+            new = [self._bringing(together) for together in self._together(wanted)]
         self._pool.ask(new)
+
+    def _together(self, keys: list[str]) -> Iterator[list[str]]:
+        """Yield keys, in the order of the file: what stands side by side and is no more than a piece comes as one."""
+        slots, offsets = self.entry.header.slots, self.entry.header.offsets
+        found: list[str] = []
+        end = room = 0
+        for key in keys:
+            nbytes = slots[key].nbytes
+            if found and (offsets[key] != end or nbytes > room):
+                yield found
+                found = []
+            if not found:
+                room = _PIECE
+            found.append(key)
+            end, room = offsets[key] + nbytes, room - nbytes
+        if found:
+            yield found
 
     def _wanting(self, key: str) -> bool:
         """Return whether reading ahead does something for a tensor: if it is to be checked, or is not in the page cache."""
@@ -265,7 +282,7 @@ class Stored:
         if self._pool.process != os.getpid():
             return all(self.entry.intact(key) for key in big)
         with self._lock:
-            wanted = [self._tensors.get(key) or self._bringing(key) for key in big]
+            wanted = list(dict.fromkeys(self._tensors.get(key) or self._bringing([key]) for key in big))
         return not wanted or self._pool.wait(wanted)
 
     def unchecked(self, key: str) -> Check | None:
@@ -304,30 +321,43 @@ class Stored:
                 self._reader = None
         return found
 
-    def _bringing(self, key: str) -> _Bringing:
-        slot = self.entry.header.slots[key]
-        chunks, each = slot.chunks, max(1, _PIECE // slot.chunk)
-        found: list[bytes] = [b""] * chunks
-        start = self.entry.header.offsets[key]
-        cached = self._cached(key)
+    def _bringing(self, keys: list[str]) -> _Bringing:
+        """Return what brings one tensor, by the piece, or several that stand side by side, in one."""
+        slots, offsets, wanted = self.entry.header.slots, self.entry.header.offsets, self.entry.header.digests
+        found = {key: [b""] * slots[key].chunks for key in keys}
+        pieces = [[(key, 0, slots[key].chunks) for key in keys if slots[key].nbytes]]
+        if len(keys) == 1:
+            each = max(1, _PIECE // slots[keys[0]].chunk)
+            pieces = [[(keys[0], first, min(first + each, len(found[keys[0]])))] for first in range(0, len(found[keys[0]]), each)]
+        pieces = [piece for piece in pieces if piece]
+        first, last = offsets[keys[0]], offsets[keys[-1]] + slots[keys[-1]].nbytes
+        cached = is_cached(self._address + first, last - first)
         if not cached:
-            self._unread += -(-chunks // each)
+            self._unread += len(pieces)
+
+        def bounds(key: str, first: int, last: int) -> tuple[int, int]:
+            slot, start = slots[key], offsets[key]
+            return start + first * slot.chunk, start + min(last * slot.chunk, slot.nbytes)
 
         def work(number: int) -> bool:
-            first, last = number * each, min((number + 1) * each, chunks)
-            begin, end = start + first * slot.chunk, start + min(last * slot.chunk, slot.nbytes)
-            memory = self.entry.memory[begin:end] if cached else self._read(key, begin, end)
+            piece = pieces[number]
+            begin, end = bounds(*piece[0])[0], bounds(*piece[-1])[1]
+            memory = self.entry.memory[begin:end] if cached else self._read(piece[0][0], begin, end)
             if memory is None:
                 return False
             if not self._check:
                 return True
-            with span("verify", end - begin, key):
-                found[first:last] = digests(memory, slot.chunk)
-                return not all(found) or combine(found) == self.entry.header.digests[key]
+            with span("verify", end - begin, piece[0][0]):
+                for key, first, last in piece:
+                    start, stop = bounds(key, first, last)
+                    found[key][first:last] = digests(memory[start - begin : stop - begin], slots[key].chunk)
+                    if all(found[key]) and combine(found[key]) != wanted[key]:
+                        return False
+            return True
 
-        tensor = self._tensors[key] = _Bringing(-(-chunks // each), work)
-        if not chunks:
-            tensor.fine = combine([]) == self.entry.header.digests[key]
+        tensor = _Bringing(len(pieces), work)
+        tensor.fine = all(combine([]) == wanted[key] for key in keys if not slots[key].nbytes)
+        self._tensors |= dict.fromkeys(keys, tensor)
         return tensor
 
 

@@ -7,8 +7,8 @@ A weights file defines, on module-scope variables called `qc_<part>`:
                                        has `width` columns, a multiple of 8
     qc_dot(row, unit, width, x, y)     the sum of those 8 weights times the vec4<f32> x and y, with scales applied once; only
                                        where that is less work than to decode them
-    qc_dots(row, unit, width, a, ...)  the same of several units, where those share bytes: `run` from unit on, and as many from
-                                       `apart` units further on, a multiple of which `unit / apart` is even; only with batches of 1
+    qc_dots(row, unit, width, a, ...)  the same of several units, where those share bytes: `run` from unit on, and as many `apart`
+                                       units further on; unit / apart is even, and unit a multiple of run
     qc_weight(row, column, width)      one weight, of any width; only where the codec takes widths that are no multiple of 8
 
 It may ask QC_KEEPS_SUBNORMALS, whether unpack2x16float() of the device does not flush subnormal numbers.

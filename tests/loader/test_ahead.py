@@ -85,10 +85,13 @@ def test_prefetch_brings_what_was_asked_for(
     (path,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
     header = StoredEntry(path.stem, path).header
     read: list[str] = []
+    reads: list[tuple[int, int]] = []
     real = Reader.read_into
 
     def read_into(self: Reader, position: int, buffer: memoryview) -> bool:
-        read.extend(key for key, offset in header.offsets.items() if offset <= position < offset + header.slots[key].nbytes)
+        end = position + len(buffer)
+        read.extend(key for key, offset in header.offsets.items() if offset < end and position < offset + header.slots[key].nbytes)
+        reads.append((position, end))
         return real(self, position, buffer)
 
     monkeypatch.setattr(Reader, "read_into", read_into)
@@ -102,6 +105,14 @@ def test_prefetch_brings_what_was_asked_for(
         assert set(read) == wanted
         with pytest.raises(KeyError):
             model.prefetch(["nothing"])
+        model.prefetch()
+        first, last = min(header.offsets.values()), header.nbytes
+        while sum(end - begin for begin, end in reads) < last - first and time.monotonic() < until:
+            time.sleep(0.01)
+    reads.sort()  # every byte once, and what is small in one with what stands beside it
+    assert [begin for begin, _ in reads] == [first, *(end for _, end in reads[:-1])]
+    assert reads[-1][1] == last
+    assert len(reads) <= 3 + 2 * (last - first) // ahead._PIECE
 
 
 def test_an_entry_that_cannot_be_read(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
