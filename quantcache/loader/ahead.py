@@ -220,6 +220,8 @@ class Stored:
         self._lock = threading.Lock()
         self._tensors: dict[str, _Bringing] = {}
         self._fine: set[str] = set()  # checked by whoever asked: small ones, and what an upload moved
+        #: a tensor that was found to be wrong: not always the one that somebody asked for, but one that came with it
+        self.wrong = ""
         self._reader: Reader | None = None  # while pieces are to be read from disk
         self._unread = 0
 
@@ -352,6 +354,7 @@ class Stored:
                     start, stop = bounds(key, first, last)
                     found[key][first:last] = digests(memory[start - begin : stop - begin], slots[key].chunk)
                     if all(found[key]) and combine(found[key]) != wanted[key]:
+                        self.wrong = key
                         return False
             return True
 

@@ -105,7 +105,7 @@ class Shard:
         record, stored = self.records[name], self.stored
         keys = list(record["parts"].values())
         if not stored.intact(keys):
-            raise DamagedError(f"tensor {name!r} is not what was stored")
+            raise DamagedError(f"tensor {stored.wrong or name!r} is not what was stored")
         return record, {key: _array(stored.entry.header.slots[key], stored.entry) for key in keys}
 
     def unchecked(self, name: str) -> tuple[dict[str, Any], dict[str, Array], dict[str, Check]] | None:

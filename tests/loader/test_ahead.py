@@ -115,6 +115,19 @@ def test_prefetch_brings_what_was_asked_for(
     assert len(reads) <= 3 + 2 * (last - first) // ahead._PIECE
 
 
+def test_the_one_that_is_wrong_is_named(model_path: Path, tmp_path: Path) -> None:
+    """Of tensors that are brought together the damaged one is named, whichever was asked for."""
+    qc.load(model_path, "int8", cache=tmp_path / "c").close()
+    (path,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
+    raw = bytearray(path.read_bytes())
+    raw[StoredEntry(path.stem, path).header.offsets["blocks.1.a.biases"]] ^= 1
+    path.write_bytes(raw)
+    with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+        model.prefetch()
+        with pytest.warns(qc.QuantcacheWarning, match="blocks.1.a.biases"):
+            parts(model)
+
+
 def test_an_entry_that_cannot_be_read(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails under a hit makes it a miss, not an exception."""
     with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
