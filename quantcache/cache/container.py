@@ -36,6 +36,8 @@ _ITEMSIZE = {"U8": 1, "I8": 1, "BOOL": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 
              "U64": 8, "I64": 8, "F64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1,
              "F8_E5M2FNUZ": 1}  # fmt: skip
 _ZEROS = "0" * 32
+#: What stands before a header's digest.
+_STATED = b'"quantcache.header":"'
 #: A tensor's share of a header beside its name, shape and chunk: a digest, two offsets of 13 digits, and JSON around them.
 _ENTRY = 128
 
@@ -164,7 +166,7 @@ def build_header(
     whole = bytearray(b" ") * length
     whole[:8] = (length - 8).to_bytes(8, "little")
     whole[8 : 8 + len(text)] = text
-    place = whole.index(b'"quantcache.header":"' + _ZEROS.encode()) + len(b'"quantcache.header":"')
+    place = whole.index(_STATED + _ZEROS.encode()) + len(_STATED)
     whole[place : place + len(_ZEROS)] = digest(whole).hex().encode()
     return whole
 
@@ -207,9 +209,8 @@ def parse_header(head: bytes, file_nbytes: int) -> EntryHeader:
         metadata = header.pop("__metadata__")
         own = json.loads(metadata["quantcache"])
         stated = metadata["quantcache.header"]
-        field = b'"quantcache.header":"'
         whole = bytearray(head[: 8 + length])
-        place = whole.find(field + stated.encode()) + len(field)
+        place = whole.find(_STATED + stated.encode()) + len(_STATED)
         whole[place : place + len(_ZEROS)] = _ZEROS.encode()
         if digest(whole).hex() != stated:
             raise CorruptEntryError("the header is not the one that was written")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from quantcache.cache.blobs import Reader, StoredEntry
+from quantcache.cache.container import Slot
 from quantcache.cache.key import combine
 from quantcache.errors import SourceError
 from quantcache.loader.mapping import MappedFile, is_cached, populate
@@ -327,19 +328,15 @@ class Stored:
         """Return what brings one tensor, by the piece, or several that stand side by side, in one."""
         slots, offsets, wanted = self.entry.header.slots, self.entry.header.offsets, self.entry.header.digests
         found = {key: [b""] * slots[key].chunks for key in keys}
-        pieces = [[(key, 0, slots[key].chunks) for key in keys if slots[key].nbytes]]
-        if len(keys) == 1:
-            each = max(1, _PIECE // slots[keys[0]].chunk)
-            pieces = [[(keys[0], first, min(first + each, len(found[keys[0]])))] for first in range(0, len(found[keys[0]]), each)]
-        pieces = [piece for piece in pieces if piece]
-        first, last = offsets[keys[0]], offsets[keys[-1]] + slots[keys[-1]].nbytes
-        cached = is_cached(self._address + first, last - first)
+        pieces = _pieces([slots[key] for key in keys])
+        start, stop = offsets[keys[0]], offsets[keys[-1]] + slots[keys[-1]].nbytes
+        cached = is_cached(self._address + start, stop - start)
         if not cached:
             self._unread += len(pieces)
 
         def bounds(key: str, first: int, last: int) -> tuple[int, int]:
-            slot, start = slots[key], offsets[key]
-            return start + first * slot.chunk, start + min(last * slot.chunk, slot.nbytes)
+            slot, offset = slots[key], offsets[key]
+            return offset + first * slot.chunk, offset + min(last * slot.chunk, slot.nbytes)
 
         def work(number: int) -> bool:
             piece = pieces[number]
@@ -362,6 +359,15 @@ class Stored:
         tensor.fine = all(combine([]) == wanted[key] for key in keys if not slots[key].nbytes)
         self._tensors |= dict.fromkeys(keys, tensor)
         return tensor
+
+
+def _pieces(slots: list[Slot]) -> list[list[tuple[str, int, int]]]:
+    """Return what is brought at a time, as (tensor, first chunk, chunk behind the last): several small ones, or parts of one."""
+    if len(slots) > 1:
+        whole = [(slot.key, 0, slot.chunks) for slot in slots if slot.nbytes]
+        return [whole] if whole else []
+    each = max(1, _PIECE // slots[0].chunk)
+    return [[(slots[0].key, first, min(first + each, slots[0].chunks))] for first in range(0, slots[0].chunks, each)]
 
 
 def read_ahead(file: MappedFile, ranges: Iterable[tuple[int, int]], pool: Pool) -> None:

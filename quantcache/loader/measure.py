@@ -120,6 +120,9 @@ def floor(path: str | os.PathLike[str], folder: Path, *, threads: int = 1, **wan
             quantize_s, write_s = _quantize_and_write(chosen, folder / f"rate-{number}", barrier)
         except threading.BrokenBarrierError:  # another says why
             return 0.0, 0.0, 0.0
+        except BaseException:
+            barrier.abort()
+            raise
         begin = time.perf_counter()
         for path in paths:
             bare_mmap(path, part=(number, threads))
@@ -142,11 +145,7 @@ def _quantize_and_write(tiles: list[tuple[Source, Job, int]], target: Path, barr
     profile, work, outputs = Profile(), Scratch(), Scratch()
     read = wrote = 0
     write_s = 0.0
-    try:
-        descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-    except BaseException:
-        barrier.abort()
-        raise
+    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         for timed in (False, True):  # first so that buffers and page cache are warm
             barrier.wait()
@@ -166,9 +165,6 @@ def _quantize_and_write(tiles: list[tuple[Source, Job, int]], target: Path, barr
                     os.pwrite(descriptor, piece.buffer, wrote)
                     write_s += time.perf_counter() - begin
                     wrote += piece.buffer.nbytes
-    except BaseException:
-        barrier.abort()
-        raise
     finally:
         os.close(descriptor)
         target.unlink()
