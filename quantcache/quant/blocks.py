@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from quantcache.errors import CodecError
 from quantcache.quant import native
 from quantcache.quant.codec import Status, import_codecs
 from quantcache.quant.floats import from_f32
-from quantcache.quant.wgsl import WeightShader, read
+from quantcache.quant.wgsl import Dots, WeightShader, read
 from quantcache.tensor import BLOCKS, output_for
 
 __all__ = [
@@ -48,14 +49,12 @@ class BlockShader:
 
     Args:
         files: beside those that all types share, as quantcache.quant.wgsl.read takes them.
-        run, apart, rows: see WeightShader.
+        dots: see WeightShader.
         lines: blocks are whole sixteens of bytes, and are bound as such.
     """
 
     files: tuple[str, ...]
-    run: int = 0
-    apart: int = 0
-    rows: int = 4
+    dots: Dots | None = None
     lines: bool = False
 
 
@@ -81,14 +80,14 @@ class BlockType:
     tables: Array | None = None
     shader: BlockShader | None = None
 
-    @property
+    @cached_property  # what is made of a shader is kept by it
     def weight_shader(self) -> WeightShader | None:
         """How a GPU gets at the weights; None if it does not."""
         if self.shader is None:
             return None
         kind, words = ("array<vec4<u32>>", "lines.wgsl") if self.shader.lines else ("array<u32>", "words.wgsl")
         source = "".join(map(read, ("half.wgsl", "codes.wgsl", words, "blocks.wgsl", *self.shader.files)))
-        return WeightShader({"blocks": kind}, source, run=self.shader.run, apart=self.shader.apart, rows=self.shader.rows)
+        return WeightShader({"blocks": kind}, source, dots=self.shader.dots)
 
     @property
     def weights(self) -> int:

@@ -9,6 +9,12 @@ fn qc_codes7(word: u32, mask: u32, zero: f32) -> vec4<f32> {
   return wide - vec4<f32>(8388608.0 + zero, 32768.0 + zero, 128.0 + zero, 128.0 + zero);
 }
 
+// the sum of sixteen such codes times a, b, c and d
+fn qc_dot7(words: vec4<u32>, mask: u32, zero: f32, a: vec4<f32>, b: vec4<f32>, c: vec4<f32>, d: vec4<f32>) -> f32 {
+  let low = dot(qc_codes7(words.x, mask, zero), a) + dot(qc_codes7(words.y, mask, zero), b);
+  return low + dot(qc_codes7(words.z, mask, zero), c) + dot(qc_codes7(words.w, mask, zero), d);
+}
+
 // the high nibbles of the four bytes of a word
 fn qc_high_codes(word: u32, zero: f32) -> vec4<f32> {
   let fields = vec4<u32>(word, word, word >> 8u, word >> 16u) & vec4<u32>(0xf0u, 0xf000u, 0xf000u, 0xf000u);

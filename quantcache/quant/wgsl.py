@@ -7,8 +7,7 @@ A weights file defines, on module-scope variables called `qc_<part>`:
                                        has `width` columns, a multiple of 8
     qc_dot(row, unit, width, x, y)     the sum of those 8 weights times the vec4<f32> x and y, with scales applied once; only
                                        where that is less work than to decode them
-    qc_dots(row, unit, width, a, ...)  the same of several units, where those share bytes: `run` from unit on, and as many `apart`
-                                       units further on; unit / apart is even, and unit a multiple of run
+    qc_dots(row, unit, width, a, ...)  the same of several units, where those share bytes: see Dots
     qc_weight(row, column, width)      one weight, of any width; only where the codec takes widths that are no multiple of 8
 
 It may ask QC_KEEPS_SUBNORMALS, whether unpack2x16float() of the device does not flush subnormal numbers.
@@ -28,11 +27,25 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["UNIT", "EncodeShader", "WeightShader", "read"]
+__all__ = ["UNIT", "Dots", "EncodeShader", "WeightShader", "read"]
 
 #: Weights that qc_unit() returns.
 UNIT = 8
 _FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Say which units qc_dots takes: `run` from one on, and as many `apart` units further on.
+
+    Args:
+        run, apart: of the first unit, unit / apart is even, and unit a multiple of run.
+        rows: that one thread multiplies: as many as share what it read of the vector, and still fit its registers.
+    """
+
+    run: int
+    apart: int
+    rows: int = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +56,13 @@ class WeightShader:
         parts: name of a stored part -> WGSL type of the storage array that it is bound as, in binding order.
         source: defines qc_init, qc_unit and perhaps qc_weight.
         any_width: whether there is a qc_weight.
-        run, apart: which units qc_dots takes; 0 if there is none.
-        rows: that one thread multiplies: as many as share what it read of the vector, and still fit its registers.
+        dots: what qc_dots takes; None if there is none.
     """
 
     parts: Mapping[str, str]
     source: str
     any_width: bool = False
-    run: int = 0
-    apart: int = 0
-    rows: int = 4
+    dots: Dots | None = None
 
     @property
     def asks(self) -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 from quantcache.errors import UsageError
 from quantcache.loader.gpu.device import Binding, Device
 from quantcache.loader.gpu.tensors import GpuTensor, row_chunks
-from quantcache.quant.wgsl import UNIT, WeightShader
+from quantcache.quant.wgsl import UNIT, Dots, WeightShader
 from quantcache.tensor import float_dtype
 
 __all__ = ["dequantize", "matvec", "record_matvec", "weight_shader"]
@@ -149,9 +149,9 @@ def record_matvec(within: Any, tensor: GpuTensor, x: Binding, y: Binding, batch:
     for part, bound in row_chunks(tensor, tuple(shader.parts)):
         for first in range(0, batch, _BATCH):
             few = min(_BATCH, batch - first)
-            wide = few == 1 and shader.run > 0 and width % (2 * shader.apart * UNIT) == 0
-            rows_each = shader.rows if wide else _ROWS
-            source = _product_source(shader, few, fast=fast, wide=wide, subgroups="subgroup" in device.features, keeps_subnormals=keeps)
+            dots = shader.dots if few == 1 and shader.dots and width % (2 * shader.dots.apart * UNIT) == 0 else None
+            rows_each = dots.rows if dots else _ROWS
+            source = _product_source(shader, few, rows_each, dots, fast=fast, subgroups="subgroup" in device.features, keeps_subnormals=keeps)
             pipeline = device.pipeline(source)
             settings = device.uniform(width, len(part), part.start, rows)
             ends = device.uniform(first)
@@ -245,40 +245,41 @@ def _stored_pair(kind: str) -> str:
 
 
 @cache
-def _product_source(shader: WeightShader, batch: int, *, fast: bool, wide: bool, subgroups: bool, keeps_subnormals: bool) -> str:
-    """Return a shader that multiplies: a workgroup takes a few rows, its threads the columns in turn."""
-    row_count, lanes = (shader.rows, _FEW_THREADS) if wide else (_ROWS, _THREADS)
+def _product_source(
+    shader: WeightShader, batch: int, row_count: int, dots: Dots | None, *, fast: bool, subgroups: bool, keeps_subnormals: bool
+) -> str:
+    """Return a shader that multiplies: a workgroup takes a few rows, its threads the columns in turn, by qc_dots if that is to be used."""
+    lanes = _FEW_THREADS if dots else _THREADS
+
+    def each_row(place: str, body: str) -> str:
+        """Return the body for every row, with its number, and where it stands, put in."""
+        return "\n".join(body.replace("ROW", f"{r}").replace("PLACE", f"min(row + {r}u, last), {place}, settings.x") for r in range(row_count))
+
     sums = [(r, b) for r in range(row_count) for b in range(batch)]
     zeros = "\n  ".join(f"var s{r}_{b} = 0.0;" for r, b in sums)
     # lanes that stand side by side read what stands side by side, of the weights and of the vectors
     turn = ""
-    if wide:
+    if dots:
         # a lane takes units that share bytes: of 2 * apart that follow each other, `run` and as many further on
-        run, apart = shader.run, shader.apart
+        run, apart = dots.run, dots.apart
         place, end, each = "turn", f"units / {2 * run}u", apart // run
         turn = f"    let unit = turn / {each}u * {2 * apart}u + turn % {each}u * {run}u;\n"
         taken = [*range(run), *range(apart, apart + run)]
         loads = "\n".join(f"    let x{n} = x[(settings2.x * units + unit + {taken[n // 2]}u) * 2u + {n % 2}u];" for n in range(2 * len(taken)))
+        rows = each_row("unit", f"    sROW_0 += qc_dots(PLACE, {', '.join(f'x{n}' for n in range(4 * run))});")
     elif fast:
-        place, end, read = "unit", "units", "qc_unit"
+        place, end = "unit", "units"
         loads = "\n".join(f"    let x{b}_{k} = x[((settings2.x + {b}u) * units + unit) * 2u + {k}u];" for b in range(batch) for k in range(2))
-        terms = [f"dot(w[0], x{b}_0) + dot(w[1], x{b}_1)" for b in range(batch)]
+        if shader.has_dot and batch == 1:
+            rows = each_row(place, "    sROW_0 += qc_dot(PLACE, x0_0, x0_1);")
+        else:
+            terms = " ".join(f"sROW_{b} += dot(w[0], x{b}_0) + dot(w[1], x{b}_1);" for b in range(batch))
+            rows = each_row(place, f"    {{ let w = qc_unit(PLACE); {terms} }}")
     else:
-        place, end, read = "column", "settings.x", "qc_weight"
+        place, end = "column", "settings.x"
         loads = "\n".join(f"    let x{b} = x[(settings2.x + {b}u) * settings.x + column];" for b in range(batch))
-        terms = [f"w * x{b}" for b in range(batch)]
-    if wide:
-        given = ", ".join(f"x{n}" for n in range(4 * shader.run))
-        rows = "\n".join(f"    s{r}_0 += qc_dots(min(row + {r}u, last), unit, settings.x, {given});" for r in range(row_count))
-    elif fast and shader.has_dot and batch == 1:
-        rows = "\n".join(f"    s{r}_0 += qc_dot(min(row + {r}u, last), unit, settings.x, x0_0, x0_1);" for r in range(row_count))
-    else:
-        rows = "\n".join(
-            f"    {{ let w = {read}(min(row + {r}u, last), {place}, settings.x);\n"
-            + "\n".join(f"      s{r}_{b} += {term};" for b, term in enumerate(terms))
-            + "\n    }"
-            for r in range(row_count)
-        )
+        terms = " ".join(f"sROW_{b} += w * x{b};" for b in range(batch))
+        rows = each_row(place, f"    {{ let w = qc_weight(PLACE); {terms} }}")
     loop = f"for (var {place} = lane; {place} < {end}; {place} += {lanes}u) {{\n{turn}{loads}\n{rows}\n  }}"
     count = len(sums)
     if subgroups:

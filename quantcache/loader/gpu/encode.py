@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -250,6 +249,5 @@ class GpuQuantizer:
         return found
 
 
-@cache  # what is made of a shader is kept by it
 def _decoder(name: str) -> WeightShader | None:
     return block_type(name).weight_shader if name in block_types() else None

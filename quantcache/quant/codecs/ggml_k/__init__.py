@@ -9,6 +9,7 @@ from typing import Any
 
 from quantcache.quant.blocks import BlockShader, Reference, register_family
 from quantcache.quant.codecs.ggml_k import reference
+from quantcache.quant.wgsl import Dots
 
 _D, _DMIN, _SIXES = ("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", (12,))
 
@@ -22,8 +23,8 @@ _TYPES: list[tuple[str, list[Any], Reference]] = [
     ("Q8_K", [("d", "<f4"), ("qs", "i1", (256,)), ("bsums", "<i2", (16,))], reference.q8_k),
 ]
 _SHADERS = {
-    "Q4_K": BlockShader(("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q4_k.wgsl"), run=2, apart=4, rows=5, lines=True),
-    "Q5_K": BlockShader(("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q5_k.wgsl"), run=2, apart=4, lines=True),
-    "Q6_K": BlockShader(("scaled.wgsl", "codecs/ggml_k/q6_k.wgsl"), run=2, apart=8, rows=3),
+    "Q4_K": BlockShader(("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q4_k.wgsl"), Dots(run=2, apart=4, rows=5), lines=True),
+    "Q5_K": BlockShader(("codecs/ggml_k/sixes.wgsl", "codecs/ggml_k/q5_k.wgsl"), Dots(run=2, apart=4), lines=True),
+    "Q6_K": BlockShader(("scaled.wgsl", "codecs/ggml_k/q6_k.wgsl"), Dots(run=2, apart=8, rows=3)),
 }
 register_family("ggml_k_decode", _TYPES, shaders=_SHADERS)

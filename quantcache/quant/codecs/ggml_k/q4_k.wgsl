@@ -14,7 +14,7 @@ fn qc_dots(row: u32, unit: u32, width: u32, a: vec4<f32>, b: vec4<f32>, c: vec4<
   let flat = row * (width / 8u) + unit;
   let at = (flat >> 5u) * 9u;
   let q = qc_blocks[at + 1u + ((flat >> 2u) & 6u) + ((flat >> 1u) & 1u)];
-  let low = dot(qc_codes7(q.x, 15u, 0.0), a) + dot(qc_codes7(q.y, 15u, 0.0), b) + dot(qc_codes7(q.z, 15u, 0.0), c) + dot(qc_codes7(q.w, 15u, 0.0), d);
+  let low = qc_dot7(q, 15u, 0.0, a, b, c, d);
   let high = dot(qc_high_codes(q.x, 0.0), e) + dot(qc_high_codes(q.y, 0.0), f) + dot(qc_high_codes(q.z, 0.0), g) + dot(qc_high_codes(q.w, 0.0), h);
   return qc_two_runs(qc_blocks[at], (flat >> 3u) & 3u, low, high, a + b + c + d, e + f + g + h);
 }

@@ -21,7 +21,5 @@ fn qc_dots(row: u32, unit: u32, width: u32, a: vec4<f32>, b: vec4<f32>, c: vec4<
   let bits = qc_blocks[at + 1u + half] >> vec4<u32>(2u * pair);
   let l = (q & vec4<u32>(0x0f0f0f0fu)) | ((bits << vec4<u32>(4u)) & vec4<u32>(0x10101010u));
   let m = ((q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu)) | ((bits << vec4<u32>(3u)) & vec4<u32>(0x10101010u));
-  let low = dot(qc_codes7(l.x, 31u, 0.0), a) + dot(qc_codes7(l.y, 31u, 0.0), b) + dot(qc_codes7(l.z, 31u, 0.0), c) + dot(qc_codes7(l.w, 31u, 0.0), d);
-  let high = dot(qc_codes7(m.x, 31u, 0.0), e) + dot(qc_codes7(m.y, 31u, 0.0), f) + dot(qc_codes7(m.z, 31u, 0.0), g) + dot(qc_codes7(m.w, 31u, 0.0), h);
-  return qc_two_runs(qc_blocks[at], pair, low, high, a + b + c + d, e + f + g + h);
+  return qc_two_runs(qc_blocks[at], pair, qc_dot7(l, 31u, 0.0, a, b, c, d), qc_dot7(m, 31u, 0.0, e, f, g, h), a + b + c + d, e + f + g + h);
 }

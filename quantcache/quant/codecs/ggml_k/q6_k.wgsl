@@ -42,7 +42,6 @@ fn qc_dots(row: u32, unit: u32, width: u32, a: vec4<f32>, b: vec4<f32>, c: vec4<
   let l = (nibbles & vec4<u32>(0x0f0f0f0fu)) | ((pairs << vec4<u32>(4u)) & vec4<u32>(0x30303030u));
   let m = ((nibbles >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu)) | (pairs & vec4<u32>(0x30303030u));
   let scale = at + 192u + ((flat & 31u) >> 1u);
-  let low = dot(qc_codes(l.x), a) + dot(qc_codes(l.y), b) + dot(qc_codes(l.z), c) + dot(qc_codes(l.w), d);
-  let high = dot(qc_codes(m.x), e) + dot(qc_codes(m.y), f) + dot(qc_codes(m.z), g) + dot(qc_codes(m.w), h);
-  return qc_half_at(at + 208u) * (qc_signed(scale) * low + qc_signed(scale + 4u) * high);
+  let low = qc_signed(scale) * qc_dot7(l, 63u, 32.0, a, b, c, d);
+  return qc_half_at(at + 208u) * (low + qc_signed(scale + 4u) * qc_dot7(m, 63u, 32.0, e, f, g, h));
 }

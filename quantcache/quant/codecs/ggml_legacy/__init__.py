@@ -10,6 +10,7 @@ from typing import Any
 
 from quantcache.quant.blocks import BlockShader, Reference, register_family
 from quantcache.quant.codecs.ggml_legacy import reference
+from quantcache.quant.wgsl import Dots
 
 _D, _M = ("d", "<f2"), ("m", "<f2")
 _NIBBLES = ("qs", "u1", (16,))
@@ -27,7 +28,7 @@ _TYPES: list[tuple[str, list[Any], Reference]] = [
     ("Q2_0", [_D, ("qs", "u1", (16,))], reference.q2_0),
 ]
 _SHADERS = {
-    "Q4_0": BlockShader(("scaled.wgsl", "codecs/ggml_legacy/q4_0.wgsl"), run=1, apart=2, rows=6),
+    "Q4_0": BlockShader(("scaled.wgsl", "codecs/ggml_legacy/q4_0.wgsl"), Dots(run=1, apart=2, rows=6)),
     "Q8_0": BlockShader(("scaled.wgsl", "codecs/ggml_legacy/q8_0.wgsl")),
 }
 register_family("ggml_legacy_decode", _TYPES, shaders=_SHADERS)

@@ -19,7 +19,7 @@ from quantcache.quant import native
 from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.nf4 import reference
 from quantcache.quant.floats import from_f32, to_f32
-from quantcache.quant.wgsl import EncodeShader, WeightShader, read
+from quantcache.quant.wgsl import Dots, EncodeShader, WeightShader, read
 
 Array = NDArray[Any]
 
@@ -162,7 +162,7 @@ class Nf4(Codec):
         if self.nested:
             return None
         parts = {"codes": "array<vec2<u32>>", "absmax": "array<f32>"}
-        return WeightShader(parts, read("codecs/nf4/weights.wgsl"), run=1, apart=1, rows=8)
+        return WeightShader(parts, read("codecs/nf4/weights.wgsl"), dots=Dots(run=1, apart=1, rows=8))
 
     def encode_shader(self, shape: tuple[int, ...], variant: str) -> EncodeShader | None:
         """Return encode.wgsl; of nested ones absmax becomes codes on the CPU."""
