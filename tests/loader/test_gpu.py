@@ -23,6 +23,7 @@ from quantcache.tensor import BLOCKS
 
 gpu = pytest.importorskip("quantcache.loader.gpu")
 compute = pytest.importorskip("quantcache.loader.gpu.compute")
+steps = pytest.importorskip("quantcache.loader.gpu.steps")
 
 LAYERS = 3
 
@@ -166,9 +167,7 @@ def test_a_damaged_tensor_never_gets_there(device: Any, path: Path, tmp_path: Pa
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_a_flipped_byte_anywhere(device: Any, tmp_path: Path, quant: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever byte of the entry is wrong, in small parts and in those that go in several steps: it is found before anybody computes with it."""
-    from quantcache.loader.gpu import upload
-
-    monkeypatch.setattr(upload, "_STEP", 1 << 20)
+    monkeypatch.setattr(steps, "_STEP", 1 << 20)
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
     path = tmp_path / "m.safetensors"
     save_file({f"blocks.{n}.w.weight": rng.standard_normal((3000, 1024)).astype(np.float16) for n in range(2)}, path)
@@ -204,9 +203,7 @@ def test_a_matrix_that_is_turned(device: Any, tmp_path: Path, write_gguf: Callab
 @pytest.mark.parametrize("how", [{}, {"lazy": True}])
 def test_steps_of_odd_rows(device: Any, tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts whose chunks are no whole words are cut where both end."""
-    from quantcache.loader.gpu import upload
-
-    monkeypatch.setattr(upload, "_STEP", 1 << 20)
+    monkeypatch.setattr(steps, "_STEP", 1 << 20)
     path = tmp_path / "m.safetensors"
     save_file({"w.weight": np.random.default_rng().standard_normal((60_001, 135)).astype(np.float16)}, path)
     for _ in range(2):
@@ -218,7 +215,7 @@ def test_a_bad_sector_under_half_of_a_tensor(device: Any, tmp_path: Path, monkey
     """A tensor of which one step cannot be read is moved as a whole again: the steps before it may have been wrong, too."""
     from quantcache.loader.gpu import upload
 
-    monkeypatch.setattr(upload, "_STEP", 1 << 20)
+    monkeypatch.setattr(steps, "_STEP", 1 << 20)
     path = tmp_path / "m.safetensors"
     save_file({"w.weight": np.random.default_rng().standard_normal((3000, 1024)).astype(np.float16)}, path)
     with qc.load(path, "int8", cache=tmp_path / "c") as model:
@@ -462,7 +459,7 @@ def test_closing_in_the_middle(device: Any, path: Path, tmp_path: Path, monkeypa
         real(self, *given)
 
     monkeypatch.setattr(upload.GpuModel, "_put", put)
-    monkeypatch.setattr(upload, "_STEP", 4096)
+    monkeypatch.setattr(steps, "_STEP", 4096)
     said: list[BaseException] = []
     with qc.load(path, "nf4", cache=tmp_path / "c") as model:
         found = upload.GpuModel(model, device, lazy=lazy, budget=None, order="layers", threads=2)

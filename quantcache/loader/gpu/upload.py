@@ -1,6 +1,6 @@
 """Own how a model comes onto a GPU: layer by layer or the largest first, on several threads, whole or lazily within a budget.
 
-A tensor is asked of the model, which builds it if need be. It goes in steps of 16 MB, across tensors: what stands side by side
+A tensor is asked of the model, which builds it if need be. It goes in steps (steps.py), across tensors: what stands side by side
 in the entry does so on the device. Each step is digested shortly before it is moved; a tensor that turns out wrong is built again
 and moved again, before its layer is handed out. Nothing but the staging memory of the device is needed beside.
 """
@@ -8,21 +8,19 @@ and moved again, before its layer is handed out. Nothing but the staging memory 
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quantcache.errors import DeviceError, DeviceOutOfMemory, UsageError
-from quantcache.loader.ahead import Check
 from quantcache.loader.gpu.device import Device
+from quantcache.loader.gpu.steps import Parts, runs, units
 from quantcache.loader.gpu.tensors import GpuTensor, Home, Span, padded_nbytes, place
 from quantcache.loader.mapping import populate
 from quantcache.tensor import QuantTensor, element_name
@@ -33,17 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuModel", "upload"]
 
-#: Bytes that a thread brings at a time.
-_STEP = 32 << 20
 #: Bytes of the buffers that a whole model comes in.
 _BUNDLE = 1 << 30
-#: A part that is brought in several steps is cut at multiples of this, if it has no digests.
-_CUT = 4096
 #: Steps that checks are ahead, for each thread.
 _AHEAD = 2
-#: What is smaller is put together on the way with what stands beside it on the device, up to so many bytes.
-_SMALL = 64 << 10
-_SMALLS = 4 << 20
 #: Layers that a lazy model without a budget brings ahead: with one, threads would wait at the end of each for its last steps.
 _LAYERS_AHEAD = 2
 #: More threads than that gain nothing: docs/decisions/0012-gpu.md.
@@ -88,21 +79,12 @@ class _Group:
         self.reserved = 0  # bytes that count against the budget, from before it is loaded until it leaves
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Hold what is moved of a tensor: its parts as flat bytes, and by part what is left to check."""
-
-    tensor: QuantTensor | Any
-    arrays: dict[str, Any]
-    checks: dict[str, Check]
-
-
 class _Arriving:
     """A group on its way: where it goes, and what of it was asked of the model so far."""
 
     def __init__(self, group: _Group, home: Home, places: Mapping[str, Any], spans: list[Span], mapped: list[Any]) -> None:
         self.group, self.home, self.places, self.mapped = group, home, places, mapped
-        self.units = _units(spans)
+        self.units = units(spans)
         self.checks: list[Future[dict[str, Parts]]] = []
         self.steps: list[Future[None]] = []
         self.lock = threading.Lock()
@@ -167,6 +149,8 @@ class GpuModel(Mapping[str, GpuTensor]):
         self._resident: OrderedDict[int, _Group] = OrderedDict()  # the least recently used first
         self._closed = False
         self._homes: weakref.WeakSet[Home] = weakref.WeakSet()
+        #: layers that are on their way while one is used
+        self._ahead = 0 if not lazy else 1 if budget is not None else _LAYERS_AHEAD
         self._loaders: list[threading.Thread] = []
         self._turn = threading.Lock()  # layers are begun one after the other
         self._pool = ThreadPoolExecutor(self._threads, "quantcache-upload")
@@ -283,7 +267,7 @@ class GpuModel(Mapping[str, GpuTensor]):
     def _start(self, group: _Group, beside: _Group | None, arriving: list[_Arriving]) -> None:
         """Begin to load a group, unless it does not fit the budget beside another that has to stay."""
         if self._make_room(group, beside):
-            self._prefetch(self._groups[group.number : group.number + 1 + _LAYERS_AHEAD])
+            self._prefetch(self._groups[group.number : group.number + 1 + self._ahead])
             arriving.append(self._begin(group))
 
     @contextlib.contextmanager
@@ -306,13 +290,12 @@ class GpuModel(Mapping[str, GpuTensor]):
 
     def _ask_next(self, group: _Group) -> None:
         """Have the next layers come; with a budget one, if it fits beside this: how large it is, its thread finds out, a miss may have to be waited for."""
-        ahead = 0 if not self._lazy else 1 if self._budget is not None else _LAYERS_AHEAD
-        for following in self._groups[group.number + 1 : group.number + 1 + ahead]:
+        for following in self._groups[group.number + 1 : group.number + 1 + self._ahead]:
             if following.home is not None or following.loading or following.apart:
                 continue
             following.loading = True
             self._loaders = [thread for thread in self._loaders if thread.is_alive()]
-            if len(self._loaders) < ahead:
+            if len(self._loaders) < self._ahead:
                 thread = threading.Thread(target=self._run, name="quantcache-next-layer", daemon=True)
                 try:
                     thread.start()
@@ -325,23 +308,29 @@ class GpuModel(Mapping[str, GpuTensor]):
             self._changed.notify_all()
 
     def _run(self) -> None:
-        end = time.monotonic() + 5
         while True:
             with contextlib.ExitStack() as stack:
                 with self._turn:
-                    with self._changed:
-                        while not self._wanted and not self._closed and time.monotonic() < end:
-                            self._changed.wait(1)
-                        if not self._wanted:
-                            self._loaders.remove(threading.current_thread())
-                            return
-                        group, beside = self._wanted.popleft()
+                    wanted = self._next_wanted()
+                    if wanted is None:
+                        return
+                    group, beside = wanted
                     stack.enter_context(self._quietly(group))
                     arriving = stack.enter_context(self._bringing(group))
                     self._start(group, beside, arriving)
                 if arriving:
                     self._arrive(arriving[0])
-            end = time.monotonic() + 5
+
+    def _next_wanted(self) -> tuple[_Group, _Group] | None:
+        """Return a layer to bring and the one that it must fit beside; None, and this thread ends, if none is wanted for a while."""
+        end = time.monotonic() + 5
+        with self._changed:
+            while not self._wanted and not self._closed and time.monotonic() < end:
+                self._changed.wait(1)
+            if self._wanted:
+                return self._wanted.popleft()
+            self._loaders.remove(threading.current_thread())
+            return None
 
     @contextlib.contextmanager
     def _quietly(self, group: _Group) -> Iterator[None]:
@@ -428,7 +417,7 @@ class GpuModel(Mapping[str, GpuTensor]):
         with working_for(self._model.profile):
             names = list(dict.fromkeys(span.name for span in unit))
             found = {name: arriving.parts_of(self._model, name) for name in names}
-            if any(populate(data.__array_interface__["data"][0], data.size) for _, _, data in _runs(unit, found, gather=False)):
+            if any(populate(data.__array_interface__["data"][0], data.size) for _, _, data in runs(unit, found, gather=False)):
                 found = {name: arriving.parts_of(self._model, name, again=True) for name in names}
             for span in unit:
                 check = found[span.name].checks.get(span.part)
@@ -440,7 +429,7 @@ class GpuModel(Mapping[str, GpuTensor]):
         """Write a few megabytes of a group."""
         found = self._check_ahead(arriving, number).result()
         with working_for(self._model.profile):
-            for buffer, offset, data in _runs(arriving.units[number], found):
+            for buffer, offset, data in runs(arriving.units[number], found):
                 self._put(arriving, buffer, offset, data)
 
     def _put(self, arriving: _Arriving, buffer: Any, offset: int, data: Any) -> None:
@@ -549,69 +538,6 @@ def _bytes(tensor: QuantTensor | Any) -> dict[str, Any]:
     """Return part -> flat uint8; views, unless a plain matrix stands the other way round in its file."""
     parts = tensor.parts if isinstance(tensor, QuantTensor) else {"values": tensor}
     return {name: np.ascontiguousarray(part).reshape(-1).view(np.uint8) for name, part in parts.items()}
-
-
-def _units(spans: list[Span]) -> list[list[Span]]:
-    """Cut what is to be written into steps: spans of one buffer that follow each other, large ones in parts."""
-    found: list[list[Span]] = []
-    room, buffer = 0, None
-    for span in spans:
-        start = 0
-        while start < span.nbytes:
-            if room <= 0 or span.buffer is not buffer:
-                found.append([])
-                room, buffer = _STEP, span.buffer
-            nbytes = min(room, span.nbytes - start)
-            if nbytes < span.nbytes - start:
-                cut = math.lcm(span.chunk or _CUT, 8)  # a part goes on at a chunk that has a digest, and where a mapped buffer does
-                nbytes = min(-(-nbytes // cut) * cut, span.nbytes - start)
-            found[-1].append(replace(span, start=span.start + start, nbytes=nbytes, offset=span.offset + start))
-            start += nbytes
-            room -= nbytes
-    return found
-
-
-def _runs(unit: list[Span], found: Mapping[str, Parts], *, gather: bool = True) -> Iterator[tuple[Any, int, Any]]:
-    """Yield (buffer, offset, flat bytes) of a step: what is contiguous in memory and on the device as one view.
-
-    Args:
-        unit: the step.
-        found: its tensors.
-        gather: small pieces are copied together with what stands beside them on the device; what lies between becomes zeros.
-    """
-    runs: list[tuple[int, list[Any]]] = []
-    end, behind = -1, -1  # on the device, in memory
-    for span in unit:
-        data = found[span.name].arrays[span.part][span.start : span.start + span.nbytes]
-        address = data.__array_interface__["data"][0]
-        if span.offset == end and address == behind:
-            runs[-1][1].append(data)
-        else:
-            runs.append((span.offset, [data]))
-        end, behind = span.offset + data.size, address + data.size
-    pending: list[tuple[int, Any]] = []
-    buffer = unit[0].buffer
-    for offset, pieces in runs:
-        nbytes = sum(piece.size for piece in pieces)
-        if pending and (nbytes > _SMALL or offset + nbytes - pending[0][0] > _SMALLS):
-            yield buffer, *_together(pending)
-            pending = []
-        view = pieces[0] if len(pieces) == 1 else np.lib.stride_tricks.as_strided(pieces[0], (nbytes,), (1,), writeable=False)
-        if nbytes > _SMALL or not gather:
-            yield buffer, offset, view
-        else:
-            pending.append((offset, view))
-    if pending:
-        yield buffer, *_together(pending)
-
-
-def _together(pieces: list[tuple[int, Any]]) -> tuple[int, Any]:
-    """Copy small pieces into one array, as far from each other as they stand on the device."""
-    start, (last, view) = pieces[0][0], pieces[-1]
-    found = np.zeros(last + view.size - start, np.uint8)
-    for offset, data in pieces:
-        found[offset - start : offset - start + data.size] = data
-    return start, found
 
 
 def _write_mapped(buffer: Any, offset: int, data: Any) -> None:
