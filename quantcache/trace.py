@@ -16,7 +16,8 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from quantcache.errors import QuantcacheWarning
@@ -26,7 +27,7 @@ try:
 except ImportError:  # Windows: two processes must be given two names
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["PHASES", "Profile", "flush", "span", "working_for"]
+__all__ = ["PHASES", "Profile", "flush", "span", "spent", "working_for"]
 
 #: What a load spends its time with, in the order of the data's way.
 PHASES = ("open", "read", "decode", "merge", "quantize", "digest", "write", "sync", "verify", "upload")
@@ -42,20 +43,29 @@ class Profile:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seconds: dict[str, float] = {}
-        self._nbytes: dict[str, int] = {}
+        self._ns: dict[str, int] = defaultdict(int)
+        self._nbytes: dict[str, int] = defaultdict(int)
 
-    def add(self, phase: str, seconds: float, nbytes: int = 0) -> None:
+    def add(self, phase: str, ns: int, nbytes: int = 0) -> None:
         """Add one span."""
         with self._lock:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
-            self._nbytes[phase] = self._nbytes.get(phase, 0) + nbytes
+            self._ns[phase] += ns
+            self._nbytes[phase] += nbytes
+
+    def add_run(self, spans: Iterable[tuple[str, int, str]], ends_ns: Iterable[int]) -> None:
+        """Add spans that followed each other: phase, bytes and name of each, and when it ended, since the first began."""
+        begin = 0
+        with self._lock:
+            for (phase, nbytes, _), end in zip(spans, ends_ns, strict=False):
+                self._ns[phase] += end - begin
+                self._nbytes[phase] += nbytes
+                begin = end
 
     @property
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds of all threads together, in the order of PHASES; only phases that happened."""
         with self._lock:
-            return {phase: self._seconds[phase] for phase in PHASES if phase in self._seconds}
+            return {phase: self._ns[phase] * 1e-9 for phase in PHASES if phase in self._ns}
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -104,10 +114,26 @@ class span:  # noqa: N801 - used like a function
     def __exit__(self, *_: object) -> None:
         end = time.perf_counter_ns()
         if (profile := _here.profile) is not None:
-            profile.add(self._phase, (end - self._start - _here.inner_ns) * 1e-9, self._nbytes)
+            profile.add(self._phase, end - self._start - _here.inner_ns, self._nbytes)
         _here.inner_ns = self._before + end - self._start
         if (recorder := _recorder) is not None:
             recorder.add(self._phase, self._start, end, self._nbytes, self._name)
+
+
+def spent(start_ns: int, spans: Sequence[tuple[str, int, str]], ends_ns: Sequence[int]) -> None:
+    """Add spans that followed each other without Python in between.
+
+    Args:
+        start_ns: when the first began, by time.perf_counter_ns().
+        spans: phase, bytes and name of each.
+        ends_ns: when each ended, since the start; of the first ones, if the others did not happen.
+    """
+    if (profile := _here.profile) is not None:
+        profile.add_run(spans, ends_ns)
+    _here.inner_ns += ends_ns[-1]
+    if (recorder := _recorder) is not None:
+        for (phase, nbytes, name), begin, end in zip(spans, [0, *ends_ns], ends_ns, strict=False):
+            recorder.add(phase, start_ns + begin, start_ns + end, nbytes, name)
 
 
 class _Recorder:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -29,6 +34,33 @@ def kernel_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], No
     yield switch
     native.level.cache_clear()
     native.kernel.cache_clear()
+
+
+Writing = Callable[[Callable[..., int]], contextlib.AbstractContextManager[None]]
+
+
+@pytest.fixture
+def pwrite(monkeypatch: pytest.MonkeyPatch) -> Writing:
+    """Return a context in which another function writes instead of os.pwrite, and instead of what stands for it among kernels."""
+
+    @contextlib.contextmanager
+    def replaced(write: Callable[..., int]) -> Iterator[None]:
+        def called(descriptor: int, address: int, nbytes: int, place: int) -> int:
+            try:
+                write(descriptor, ctypes.string_at(address, nbytes), place)
+            except OSError as error:
+                return error.errno or errno.EIO
+            return 0
+
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_uint64] * 4)(called)
+        found = SimpleNamespace(address=ctypes.cast(callback, ctypes.c_void_p).value, callback=callback)
+        real: Any = native.system
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "system", lambda name: found if name == "write" else real(name))
+            patch.setattr(os, "pwrite", write)
+            yield
+
+    return replaced
 
 
 @pytest.fixture(scope="session")

@@ -140,13 +140,25 @@ class StagedEntry:
             CacheError: the disk refused.
         """
         view = memoryview(buffer).cast("B")
-        start = self.offsets[key] + position
+        descriptor, start = self.place(key, position)
         try:
-            _write_all(self._descriptor, view, start)
+            _write_all(descriptor, view, start)
         except OSError as error:
-            raise store_error("cannot write the staged file", error) from error
+            raise self.refused(error) from error
         if len(view):
-            self._digests[key][position // self.slots[key].chunk] = found or digest(view)
+            self.wrote(key, position, found or digest(view))
+
+    def place(self, key: str, position: int) -> tuple[int, int]:
+        """Return descriptor and place of a piece, for those who write it themselves; `wrote` or `refused` must follow."""
+        return self._descriptor, self.offsets[key] + position
+
+    def wrote(self, key: str, position: int, found: bytes) -> None:
+        """Remember the digest of a piece that was written."""
+        self._digests[key][position // self.slots[key].chunk] = found
+
+    def refused(self, error: OSError) -> CacheError:
+        """Return what it means that a piece could not be written."""
+        return store_error("cannot write the staged file", error)
 
     def view(self, key: str) -> memoryview:
         """Return a finished tensor's bytes, mapped read-only; valid after publishing and discarding, too."""

@@ -8,23 +8,23 @@ from __future__ import annotations
 import contextlib
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from quantcache.cache.key import CHUNK, Stamp, Streamed, combine
 from quantcache.cache.store import Cache
 from quantcache.loader.mapping import MappedFile
 from quantcache.loader.source import Source
+from quantcache.quant.digest import Stream
+from quantcache.quant.native import Calls
 from quantcache.trace import span
 
-__all__ = ["DigestBehind", "known_digest", "source_digest"]
+__all__ = ["Claim", "DigestBehind", "known_digest", "source_digest"]
 
 #: What is faulted in at a time by whoever only digests.
 _PIECE = 1 << 20
 #: What was read out of order is read once more if it is no more than this: it is in the page cache, and often nearer.
 _CATCH_UP = 8 << 20
-#: How long a reader waits for the one before it, whose digest takes 50 us a tile, before it gives its tile up for later.
-_PATIENCE_S = 0.05
 
 
 def source_digest(source: Source, threads: int) -> str:
@@ -74,16 +74,15 @@ def _digest_range(file: MappedFile, start: int, stop: int, state: Streamed) -> N
 
 
 class _Chunk:
-    """One chunk: digested up to `at`. `read` are ranges behind it that were read out of order, or are nobody's."""
+    """One chunk. Everything before `claimed` is digested or will be; `read` are ranges behind it that readers have had, or nobody's."""
 
-    __slots__ = ("at", "busy", "end", "flying", "read", "state")
+    __slots__ = ("claimed", "end", "read", "start", "state")
 
     def __init__(self, start: int, end: int) -> None:
-        self.at, self.end = start, end
-        self.busy = False
-        self.flying: dict[int, int] = {}  # first byte of tiles that are being read -> how many readers
+        self.start, self.end = start, end
+        self.claimed = start
         self.read: list[tuple[int, int]] = []  # apart and in order
-        self.state = Streamed()
+        self.state = Stream(start)
 
     def add(self, start: int, stop: int) -> None:
         """Note a range, which may overlap others: a tensor that turns out not to fit its plan is read twice."""
@@ -97,23 +96,74 @@ class _Chunk:
             last += 1
         self.read[first:last] = [(start, stop)]
 
-    def expects(self, start: int) -> bool:
-        """Return whether bytes before `start` are on their way to the digest."""
-        return self.busy or any(self.at <= first < start for first in self.flying)
-
     def reaches(self, start: int) -> bool:
         """Return whether the digest can be brought up to `start` by reading a little again."""
-        if self.at >= start:
+        if self.claimed >= start:
             return True
-        found = bisect_right(self.read, (self.at, self.end))
-        return found > 0 and self.read[found - 1][1] >= start and start - self.at <= _CATCH_UP
+        found = bisect_right(self.read, (self.claimed, self.end))
+        return found > 0 and self.read[found - 1][1] >= start and start - self.claimed <= _CATCH_UP
+
+    @property
+    def digested(self) -> bool:
+        """Whether all of it is."""
+        return self.state.at == self.end
+
+
+class Claim:
+    """Hold what a reader has to digest: its tile, and what was read before it and not digested.
+
+    Whoever holds one has the calls of `add_to` made, or stops it: other readers wait for their turn.
+    """
+
+    def __init__(self, file: MappedFile, parts: list[tuple[_Chunk, int, int]]) -> None:
+        self._file, self._parts = file, parts
+
+    @classmethod
+    def of_all(cls, claims: Sequence[Claim]) -> Claim | None:
+        """Return several of one file as one; what stands side by side becomes one range."""
+        parts: list[tuple[_Chunk, int, int]] = []
+        for claim in claims:
+            for chunk, start, stop in claim._parts:
+                if parts and parts[-1][0] is chunk and parts[-1][2] == start:
+                    start = parts.pop()[1]
+                parts.append((chunk, start, stop))
+        return cls(claims[0]._file, parts) if claims else None
+
+    def covers(self, start: int, stop: int) -> bool:
+        """Return whether a range, of one chunk, is in it."""
+        return any(first <= start and stop <= last for _, first, last in self._parts)
+
+    def add_to(self, calls: Calls) -> None:
+        """Have the bytes faulted in and digested, in turn."""
+        for chunk, start, stop in self._parts:
+            self._file.add_populate(calls, start, stop - start)
+            chunk.state.add_in_turn(calls, self._file.address + start, stop - start, start)
+
+    def keep(self) -> None:
+        """Do it.
+
+        Raises:
+            SourceError: the file cannot be read.
+        """
+        calls = Calls()
+        calls.name = self._file.path.name
+        self.add_to(calls)
+        stopped = calls.run()
+        if stopped < len(calls):
+            self.stop()
+            raise self._file.unreadable(calls.result(stopped)[1], self._parts[stopped // 2][1])
+
+    def stop(self) -> None:
+        """Say that it will not be done; the digest cannot be had any more."""
+        for chunk, _, _ in self._parts:
+            chunk.state.stop()
 
 
 class DigestBehind:
     """Take the digest of a file from the tiles that readers have in their hands, while those are in the cache.
 
-    A digest needs its bytes in order, and readers run side by side: one waits for the one before it, but not for long. What
-    comes out of order is read again at the end, from the page cache.
+    A digest needs its bytes in order, and readers run side by side: each claims its tile when it takes it, and digests it when
+    the one before it is through. What comes out of order is read again at the end, from the page cache.
 
     Args:
         file: the source.
@@ -122,7 +172,7 @@ class DigestBehind:
 
     def __init__(self, file: MappedFile, covered: Iterable[tuple[int, int]]) -> None:
         self._file = file
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._chunks = [_Chunk(start, min(start + CHUNK, file.nbytes)) for start in range(0, file.nbytes, CHUNK)]
         position = 0
         for start, stop in [*sorted(covered), (file.nbytes, file.nbytes)]:
@@ -136,83 +186,46 @@ class DigestBehind:
         numbers = range(start // CHUNK, -(-stop // CHUNK))
         return [(self._chunks[n], max(start, n * CHUNK), min(stop, self._chunks[n].end)) for n in numbers]
 
-    def begin(self, start: int, stop: int) -> None:
-        """Say that a range is about to be read; `feed` or `give_up` must follow."""
-        with self._changed:
-            for chunk, first, _ in self._parts(start, stop):
-                chunk.flying[first] = chunk.flying.get(first, 0) + 1
-
-    def feed(self, start: int, buffer: memoryview) -> None:
-        """Digest what was read, if everything before it in its chunk is digested or soon will be.
-
-        Raises:
-            SourceError: bytes before it cannot be read again.
-        """
-        for chunk, first, last in self._parts(start, start + len(buffer)):
-            with self._changed:
-                while chunk.at < first and chunk.expects(first):
-                    if not self._changed.wait(_PATIENCE_S):
-                        break
-                position = chunk.at
-                mine = not chunk.busy and position < last and chunk.reaches(first)
-                chunk.busy = chunk.busy or mine
-                if not mine:
-                    self._landed(chunk, first)
+    def claim(self, start: int, stop: int) -> Claim:
+        """Return what a reader of a range has to digest: all of it, or less if it comes out of order or is read again."""
+        mine = []
+        with self._lock:
+            for chunk, first, last in self._parts(start, stop):
+                if chunk.claimed < last and chunk.reaches(first):
+                    mine.append((chunk, chunk.claimed, last))
+                    chunk.claimed = last
+                else:
                     chunk.add(first, last)
-            if mine:
-                try:
-                    if position < first:
-                        _digest_range(self._file, position, first, chunk.state)
-                    with span("digest", last - max(first, position)):
-                        chunk.state.update(buffer[max(first, position) - start : last - start])
-                    position = last
-                finally:
-                    self._let_go(chunk, position, first)
-
-    def give_up(self, start: int, stop: int) -> None:
-        """Say that a range could not be read."""
-        with self._changed:
-            for chunk, first, _ in self._parts(start, stop):
-                self._landed(chunk, first)
-
-    def _landed(self, chunk: _Chunk, first: int) -> None:
-        chunk.flying[first] -= 1
-        if not chunk.flying[first]:
-            del chunk.flying[first]
-        self._changed.notify_all()
-
-    def _let_go(self, chunk: _Chunk, position: int, first: int | None = None) -> None:
-        with self._changed:
-            chunk.busy, chunk.at = False, position
-            if first is not None:
-                self._landed(chunk, first)
-            self._changed.notify_all()
+        return Claim(self._file, mine)
 
     def finish_one(self) -> None:
-        """Digest the rest of one chunk that nobody is busy with."""
-        with self._changed:
-            chunk = next((chunk for chunk in self._chunks if chunk.at < chunk.end and not chunk.busy), None)
+        """Digest the rest of one chunk that nobody is busy with.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+        with self._lock:
+            chunk = next(filter(self._is_idle, self._chunks), None)
             if chunk is None:
                 return
-            chunk.busy = True
-        position = chunk.at
-        try:
-            _digest_range(self._file, position, chunk.end, chunk.state)
-            position = chunk.end
-        finally:
-            self._let_go(chunk, position)
+            start, chunk.claimed = chunk.claimed, chunk.end
+        pieces = range(start, chunk.end, _PIECE)
+        Claim(self._file, [(chunk, position, min(position + _PIECE, chunk.end)) for position in pieces]).keep()
+
+    @staticmethod
+    def _is_idle(chunk: _Chunk) -> bool:
+        return chunk.state.at == chunk.claimed < chunk.end
 
     @property
     def idle(self) -> bool:
         """Whether there is a chunk with bytes left that nobody is busy with."""
-        with self._changed:
-            return any(chunk.at < chunk.end and not chunk.busy for chunk in self._chunks)
+        with self._lock:
+            return any(map(self._is_idle, self._chunks))
 
     @property
     def open(self) -> bool:
         """Whether bytes are left that nobody has digested yet."""
-        with self._changed:
-            return any(chunk.at < chunk.end for chunk in self._chunks)
+        return not all(chunk.digested for chunk in self._chunks)
 
     def result(self) -> str:
         """Return the digest of the whole file.

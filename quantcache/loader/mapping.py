@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import SourceError, SourceNotFoundError
+from quantcache.quant import native
+from quantcache.quant.native import Calls
 from quantcache.trace import span
 
 __all__ = ["MappedFile", "is_cached", "populate"]
@@ -124,7 +126,8 @@ class MappedFile:
         finally:
             os.close(descriptor)
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
-        self._address: int = self.bytes.__array_interface__["data"][0]
+        #: of the first byte
+        self.address: int = self.bytes.__array_interface__["data"][0]
 
     @property
     def nbytes(self) -> int:
@@ -147,21 +150,35 @@ class MappedFile:
             SourceError: the disk failed, or the file has become shorter.
         """
         with span("read", nbytes):
-            code = populate(self._address + offset, nbytes)
+            code = populate(self.address + offset, nbytes)
         if code:
-            what = "the file became shorter while it was read" if code == errno.EFAULT else os.strerror(code)
-            raise SourceError(what, path=self.path, offset=offset)
+            raise self.unreadable(code, offset)
+
+    def add_populate(self, calls: Calls, offset: int, nbytes: int) -> None:
+        """Have pages faulted in by a call of the phase "read"; `unreadable` says what it means if it fails."""
+        start = (self.address + offset) // _PAGE * _PAGE
+        calls.add(native.system("populate"), start, self.address + offset + nbytes - start, phase="read", nbytes=nbytes)
+
+    def unreadable(self, code: int, offset: int) -> SourceError:
+        """Return the error of pages that cannot be faulted in.
+
+        Args:
+            code: errno.
+            offset: first byte of the range.
+        """
+        what = "the file became shorter while it was read" if code == errno.EFAULT else os.strerror(code)
+        return SourceError(what, path=self.path, offset=offset)
 
     def will_need(self, offset: int, nbytes: int) -> None:
         """Have the system read a range into the page cache, without waiting for it."""
-        madvise, start = _madvise(), (self._address + offset) // _PAGE * _PAGE
+        madvise, start = _madvise(), (self.address + offset) // _PAGE * _PAGE
         if madvise is not None and nbytes:
-            madvise(start, self._address + offset + nbytes - start, mmap.MADV_WILLNEED)
+            madvise(start, self.address + offset + nbytes - start, mmap.MADV_WILLNEED)
 
     @property
     def is_cold(self) -> bool:
         """Whether some of the file has to come from disk, as far as a few pages tell."""
-        return _mincore() is not None and not is_cached(self._address, self.nbytes)
+        return _mincore() is not None and not is_cached(self.address, self.nbytes)
 
     def changed(self) -> bool:
         """Return whether the path now leads to other content than was opened, as far as stat() tells."""

@@ -25,11 +25,12 @@ from quantcache.cache.settings import resolve
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheWarning, UsageError
 from quantcache.loader.ahead import Check, Pool
+from quantcache.loader.build import Build
 from quantcache.loader.changes import key_entry
 from quantcache.loader.changes import resolve as resolve_changes
 from quantcache.loader.digests import known_digest
 from quantcache.loader.lora import Alpha, open_adapter, paired
-from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads
+from quantcache.loader.pipeline import Pipeline, Progress, default_threads
 from quantcache.loader.plan import Request, layer_key
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.shards import DamagedError, Options, Shard

@@ -14,30 +14,26 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 import quantcache
 from quantcache.cache.blobs import StagedEntry
-from quantcache.cache.container import Slot
-from quantcache.cache.index import EntryRow
-from quantcache.cache.key import Stamp, digest, fingerprint
+from quantcache.cache.key import fingerprint
 from quantcache.cache.store import Cache
-from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, SourceError, shorten
-from quantcache.loader.digests import DigestBehind
-from quantcache.loader.plan import Job, Request
-from quantcache.loader.source import Source
-from quantcache.loader.tiles import Piece, Quantizer, encode_tile, encode_tiles, whole_pieces
+from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, shorten
+from quantcache.loader.build import Batch, Build, Task, complete, refusal, wholes
+from quantcache.loader.digests import source_digest
+from quantcache.loader.plan import Job
+from quantcache.loader.tiles import Quantizer, Tile, encode, encode_elsewhere
 from quantcache.quant import native
-from quantcache.quant.codec import Scratch, Status
-from quantcache.trace import Profile, span, working_for
+from quantcache.quant.codec import Arena, Scratch, Status
+from quantcache.trace import Profile, working_for
 
-__all__ = ["Build", "Cancelled", "Pipeline", "Progress", "default_threads"]
+__all__ = ["Cancelled", "Pipeline", "Progress", "default_threads"]
 
 Array = NDArray[Any]
 #: Memory of a worker is about 12 MB, and 4 MB of each tile that waits: at most this many stay within 256 MiB.
@@ -45,6 +41,9 @@ MAX_THREADS = 16
 #: Bytes that the disk is ahead of the workers, and of one request: docs/decisions/0009-pipeline.md.
 _AHEAD = 64 << 20
 _AHEAD_STEP = 4 << 20
+#: Bytes of the source that a thread takes at a time at most, and that all threads do: what Python does between calls it does
+#: once for all of them, and what comes out, rarely more, stays in memory until it is written.
+_TOGETHER, _ALL_TOGETHER = 16 << 20, 64 << 20
 #: How long a cancelled load waits for its threads: Ctrl-C is to be answered within a second.
 _PATIENCE_S = 0.7
 
@@ -86,121 +85,10 @@ class Progress:
         return max(0, self.total_nbytes - self.done_nbytes) / self.rate if self.rate > 0 else None
 
 
-class _Memory:
-    """Take the tensors that the store does not."""
-
-    #: tensors have no place beside each other
-    offsets: Mapping[str, int] = MappingProxyType({})
-
-    def __init__(self) -> None:
-        self._arrays: dict[str, Array] = {}
-
-    def add(self, slots: Sequence[Slot]) -> None:
-        for slot in slots:
-            self._arrays[slot.key] = np.empty(slot.nbytes, np.uint8)
-
-    def write(self, key: str, position: int, buffer: Any, found: bytes) -> None:
-        view = np.frombuffer(buffer, np.uint8)
-        self._arrays[key][position : position + view.size] = view
-
-    def view(self, key: str) -> memoryview:
-        return self._arrays[key].data.toreadonly()
-
-
 def default_threads() -> int:
     """Return one thread per core that this process may use, at most MAX_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, MAX_THREADS))
-
-
-def _waiting(job: Job) -> list[int]:
-    """Return the tiles of a job, the first of them last: where it is taken from."""
-    return list(reversed(job.tiles))
-
-
-class _Task:
-    """A job under way. All fields but `job` are guarded by the pipeline's lock."""
-
-    __slots__ = ("active", "build", "counted", "done", "error", "job", "refused", "target", "waiting")
-
-    def __init__(self, build: Build, job: Job, target: StagedEntry | _Memory) -> None:
-        self.build, self.job, self.target = build, job, target
-        self.waiting = _waiting(job)
-        self.active = 0
-        self.counted = 0  # bytes of the source that progress has
-        self.done = False
-        self.refused: Status | CacheError | None = None
-        self.error: BaseException | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """Hold a tile that was quantized: pieces and their digests, and the buffers that they lie in."""
-
-    task: _Task
-    start: int
-    stop: int
-    pieces: list[tuple[Piece, bytes]]
-    outputs: Scratch
-
-
-@dataclass
-class Build:
-    """Hold the build of one source file.
-
-    Args:
-        source, request, jobs: what to do.
-        cache, staged: where it goes; None for memory.
-        digest: of the source, if it is known already.
-        release: gives the lock of the build back.
-        fingerprint, stamp, seen_ns: of the source.
-    """
-
-    source: Source
-    request: Request
-    jobs: list[Job]
-    cache: Cache | None
-    staged: StagedEntry | None
-    digest: str | None
-    release: Callable[[], None] | None
-    stamp: Stamp
-    seen_ns: int
-    tasks: dict[str, _Task] = field(default_factory=dict)
-    row: EntryRow | None = None
-    published: bool = False
-    unsaved: CacheError | None = None
-
-    def __post_init__(self) -> None:
-        """Prepare the tasks."""
-        self.memory = _Memory()
-        self.started_s = time.monotonic()
-        self.left = len(self.jobs)
-        self.behind: DigestBehind | None = None
-        if self.staged is not None and self.digest is None:
-            extents = [(job.info.offset, job.info.offset + job.info.nbytes) for job in self.jobs]
-            self.behind = DigestBehind(self.source.file, extents)
-        self.outbox: deque[_Done] = deque()
-        self.writing = False
-        for job in self.jobs:
-            if self.staged is None:
-                self.memory.add(job.slots)
-            self.tasks[job.info.name] = _Task(self, job, self.staged or self.memory)
-        self._dropping = threading.Lock()
-
-    def hide(self) -> None:
-        """Remove the temp file while a thread may still be busy with it."""
-        if self.staged is not None and self.row is None:
-            self.staged.unlink()
-
-    def drop(self) -> None:
-        """Let go of the temp file, unless it was published, and of the lock."""
-        with self._dropping:
-            if self.staged is not None and self.row is None:
-                self.staged.discard()
-            release, self.release = self.release, None
-            if release:
-                with contextlib.suppress(Exception):
-                    release()
 
 
 class Pipeline:
@@ -230,7 +118,7 @@ class Pipeline:
         self._lock = threading.RLock()
         #: what workers wait for, and what callers do: a tile that is done wakes no caller
         self._todo, self._done = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._urgent: deque[_Task] = deque()
+        self._urgent: deque[Task] = deque()
         self._cancelled = False
         self._queue = deque(task for build in builds for task in build.tasks.values())
         self._total = sum(task.job.info.nbytes for task in self._queue), len(self._queue)
@@ -241,8 +129,10 @@ class Pipeline:
         if quantizer is not None and not threads:
             elsewhere = sum(task.job.info.nbytes for task in self._queue if quantizer.tiles(task.job))
             count = min(count, quantizer.threads) if 2 * elsewhere > self._total[0] else count
-        self._spare = [Scratch() for _ in range(count + min(count, 4))]
-        self._alive, self._wanted = 0, count
+        spare = count + min(count, 4)
+        self._together = min(_TOGETHER, _ALL_TOGETHER // spare)
+        self._spare = [Arena(min(self._together, self._total[0])) for _ in range(spare)]
+        self._alive, self._wanted, self._count = 0, count, count
         self._threads: list[threading.Thread] = []
         self._process = os.getpid()
         try:
@@ -257,7 +147,7 @@ class Pipeline:
 
     # ---- for callers ----
 
-    def wait_for(self, build: Build, name: str) -> _Task:
+    def wait_for(self, build: Build, name: str) -> Task:
         """Return a finished task, doing it next.
 
         Raises:
@@ -269,11 +159,11 @@ class Pipeline:
             if not task.done:
                 self._urgent.append(task)
                 self._todo.notify()
-            while not task.done and task.error is None and self.failure is None and not self._cancelled:
+            while not task.done and self.failure is None and not self._cancelled:
                 self._done.wait(0.2)
             if task.done:
                 return task
-            raise task.error or self.failure or Cancelled("the load was stopped")
+            raise self.failure or Cancelled("the load was stopped")
 
     def finish(self) -> None:
         """Wait until everything is quantized and published.
@@ -376,7 +266,7 @@ class Pipeline:
         return self._cancelled or self.failure is not None
 
     def _next(self) -> Callable[[Scratch], None] | None:
-        """Return the next piece of work: an urgent tile, a tile, the rest of a digest, a publication."""
+        """Return the next piece of work: urgent tiles, tiles, the rest of a digest, a publication."""
         with self._lock:
             while True:
                 if self._stopped or not self._open:
@@ -386,11 +276,8 @@ class Pipeline:
                     while queue and not queue[0].waiting:
                         queue.popleft()
                     if queue and self._spare:
-                        task = queue[0]
-                        start, stop = self._take(task)
-                        outputs = self._spare.pop()
-                        task.active += 1
-                        return lambda work, task=task, start=start, stop=stop, outputs=outputs: self._tile(task, start, stop, work, outputs)  # type: ignore[misc]
+                        batch = Batch(self._take(queue), self._spare.pop())
+                        return lambda work, batch=batch: self._quantize(batch, work)  # type: ignore[misc]
                     waiting = waiting or bool(queue)
                 for build in self.builds if not waiting else ():
                     if build.behind is not None and build.behind.idle:
@@ -401,38 +288,57 @@ class Pipeline:
                         return lambda _, build=build: self._publish(build)  # type: ignore[misc]
                 self._todo.wait(0.5)
 
-    def _take(self, task: _Task) -> tuple[int, int]:
-        """Return the first weight of the next tile of a job, or of the next few, and the one behind them."""
-        job = task.job
-        start = task.waiting.pop()
-        stop = min(start + job.tile, job.size)
-        for _ in range(1, self._quantizer.tiles(job) if self._quantizer else 1):
-            if not task.waiting:
-                break
-            stop = min(task.waiting.pop() + job.tile, job.size)
-        return start, stop
+    def _take(self, queue: deque[Task]) -> list[tuple[Task, Tile]]:
+        """Return the next tiles: small ones together, but alone at first and what is waited for, and few at the end."""
+        build, taken, nbytes = queue[0].build, list[tuple[Task, Tile]](), 0
+        left = self._total[0] - self._done_nbytes
+        most = 0 if queue is self._urgent else min(self._together, self._done_nbytes // 8, left // (4 * self._count))
+        while True:
+            task = queue[0]
+            job, count = task.job, self._elsewhere(task.job)
+            for _ in range(min(max(1, count), len(task.waiting))):
+                start = task.waiting.pop()
+                stop = min(start + job.tile, job.size)
+                extent = build.source.extent(job.info, start, stop)
+                nbytes += extent[1] - extent[0]
+                # claimed in the order in which tiles are taken: a reader waits for those before it
+                taken.append((task, Tile(job, start, stop, build.behind.claim(*extent) if build.behind else None)))
+                task.active += 1
+            while queue and not queue[0].waiting:
+                queue.popleft()
+            if count or not queue or queue[0].build is not build or self._elsewhere(queue[0].job):
+                return taken
+            following = queue[0].job
+            if nbytes + min(1.0, following.tile / max(1, following.size)) * following.info.nbytes > most:
+                return taken
 
-    def _tile(self, task: _Task, start: int, stop: int, work: Scratch, outputs: Scratch) -> None:
-        """Quantize a tile, and bring it to where it belongs or leave that to the thread that writes the file."""
-        job, build = task.job, task.build
-        pieces: list[Piece] = []
+    def _elsewhere(self, job: Job) -> int:
+        """Return how many tiles of a job the quantizer takes at a time; 0 if the CPU is to do it."""
+        return self._quantizer.tiles(job) if self._quantizer is not None else 0
+
+    def _quantize(self, batch: Batch, work: Scratch) -> None:
+        """Quantize tiles, and bring them to where they belong or leave that to the thread that writes the file."""
+        batch.outputs.clear()
+        build, tiles = batch.tiles[0][0].build, [tile for _, tile in batch.tiles]
+        digested = any(task.target is build.staged for task, _ in batch.tiles)
         try:
-            if task.refused is None:
-                if self._quantizer is not None and (stop - start > job.tile or self._quantizer.tiles(job)):
-                    status, pieces = encode_tiles(build.source, job, start, stop, work, outputs, build.behind, self._quantizer)
-                else:
-                    status, pieces = encode_tile(build.source, job, start, work, outputs, build.behind)
-                if status != Status.OK:
-                    task.refused = status
-        except SourceError as error:
-            task.error = error
+            if self._quantizer is not None and self._elsewhere(tiles[0].job):
+                encode_elsewhere(build.source, tiles, work, batch.outputs, self._quantizer, digested=digested)
+            else:
+                encode(build.source, tiles, work, batch.outputs, digested=digested)
+        except BaseException:
+            for tile in tiles:
+                if tile.claim is not None:
+                    tile.claim.stop()
             raise
-        done = _Done(task, start, stop, _digested(pieces, task), outputs)
-        if not pieces or task.target is not build.staged:
-            self._deliver(done)
+        for task, tile in batch.tiles:
+            if tile.status != Status.OK:
+                task.refused = task.refused or tile.status
+        if not any(tile.pieces and task.target is build.staged for task, tile in batch.tiles):
+            self._deliver([batch])
             return
         with self._lock:
-            build.outbox.append(done)
+            build.outbox.append(batch)
             if build.writing:
                 return
             build.writing = True
@@ -441,38 +347,50 @@ class Pipeline:
                 if self._stopped or not build.outbox:
                     build.writing = False
                     return
-                done = build.outbox.popleft()
-            self._deliver(done)
+                ready, build.outbox = build.outbox, []
+            self._deliver(ready)
 
-    def _deliver(self, done: _Done) -> None:
-        """Write a tile, and finish its tensor if it was the last."""
-        task, job = done.task, done.task.job
-        try:
-            _write(done.pieces, task)
-        except CacheError as error:
-            task.refused = error
+    def _deliver(self, ready: list[Batch]) -> None:
+        """Write tiles, and finish the tensors of which they are the last."""
+        tiles = [found for batch in ready for found in batch.tiles]
         with self._lock:
-            self._spare.append(done.outputs)
-            nbytes = (done.stop - done.start) * job.info.nbytes // max(1, job.size)
-            task.counted += nbytes
-            self._done_nbytes += nbytes
-            task.active -= 1
+            whole = complete(tiles)  # what is known of a tensor only now is written with its last tile
+        refused = refusal([(task, piece) for task, tile in tiles for piece in tile.pieces] + wholes(whole))
+        with self._lock:
+            self._spare += [batch.outputs for batch in ready]
+            for task, tile in tiles:
+                task.refused = task.refused or refused
+                nbytes = (tile.stop - tile.start) * tile.job.info.nbytes // max(1, tile.job.size)
+                task.counted += nbytes
+                self._done_nbytes += nbytes
+            ended = complete(tiles)
+            for task, _ in tiles:
+                task.active -= 1
+                if task.refused is not None:
+                    task.waiting.clear()
+            # two threads that brought the last tiles to memory side by side: neither knew that it was the last
+            late = [task for task in ended if task not in whole]
+            self._todo.notify(len(ready))
+        for task in late:
+            task.refused = task.refused or refusal(wholes([task]))
+        done = [task for task in ended if task.refused is None]
+        if done:
+            with self._lock:
+                for task in done:
+                    task.done = True
+                    task.build.left -= 1
+                self._done_tensors += len(done)
+                self._wake()
+        for task in ended:
             if task.refused is not None:
-                task.waiting.clear()
-            last = task.active == 0 and not task.waiting and not task.done
-            self._todo.notify()
-        if last:
-            self._settle(task)
+                self._start_again(task, task.refused)
         self._tell("quantize")
 
-    def _settle(self, task: _Task) -> None:
-        """Finish a task whose tiles are all through, or start it again the way its values or the store demand."""
+    def _start_again(self, task: Task, refused: Status | CacheError) -> None:
+        """Start a task again the way its values or the store demand."""
         job, build = task.job, task.build
-        refused = task.refused
         try:
-            if refused is None:
-                _write(_digested(whole_pieces(job), task), task)
-            elif isinstance(refused, Status):
+            if isinstance(refused, Status):
                 task.job = job.after(refused)
                 if task.job.decision.codec == "keep":
                     _warn(f"{build.source.path.name}: tensor {shorten(job.info.name)} is kept as {job.info.dtype}: "
@@ -488,16 +406,9 @@ class Pipeline:
             build.memory.add(task.job.slots)
             task.job, task.target = replace(task.job), build.memory
         with self._lock:
-            if refused is None:
-                task.done = True
-                build.left -= 1
-                self._done_tensors += 1
-            else:
-                task.refused = None
-                self._done_nbytes -= task.counted
-                task.counted = 0
-                task.waiting = _waiting(task.job)
-                self._urgent.append(task)
+            self._done_nbytes -= task.counted
+            task.rewind()
+            self._urgent.append(task)
             self._wake()
 
     def _unsaved(self, build: Build, error: CacheError) -> None:
@@ -534,7 +445,7 @@ class Pipeline:
         for read in (source, *build.request.adapter_sources()):
             if read.file.changed():
                 raise CacheError(f"{read.path} changed while it was read")
-        found = build.digest or (build.behind.result() if build.behind else "")
+        found = build.digest or (build.behind.result() if build.behind else source_digest(source, 1))
         seconds = time.monotonic() - build.started_s
         built = {
             "path": str(source.path.resolve()),
@@ -569,22 +480,6 @@ class Pipeline:
             with self._lock:
                 self._cancelled = True
                 self._wake()
-
-
-def _digested(pieces: list[Piece], task: _Task) -> list[tuple[Piece, bytes]]:
-    """Return pieces with their digests, taken while they are hot; those that do not go to the store have none."""
-    if not pieces or not isinstance(task.target, StagedEntry):
-        return [(piece, b"") for piece in pieces]
-    with span("digest", sum(piece.buffer.nbytes for piece in pieces), task.job.info.name):
-        return [(piece, digest(piece.buffer)) for piece in pieces]
-
-
-def _write(pieces: list[tuple[Piece, bytes]], task: _Task) -> None:
-    """Bring pieces to where they belong."""
-    if pieces:
-        with span("write", sum(piece.buffer.nbytes for piece, _ in pieces), task.job.info.name):
-            for piece, found in pieces:
-                task.target.write(piece.key, piece.position, piece.buffer, found)
 
 
 def _warn(text: str) -> None:

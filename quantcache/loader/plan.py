@@ -17,7 +17,7 @@ from quantcache.errors import CodecError
 from quantcache.loader.changes import Change
 from quantcache.loader.recipe import Decision, Recipe
 from quantcache.loader.source import Source
-from quantcache.quant.codec import Encoder, Part, Scratch, Status, codec
+from quantcache.quant.codec import Encoder, Part, Status, codec
 from quantcache.quant.floats import from_f32
 from quantcache.tensor import ITEMSIZE, TensorInfo
 
@@ -100,8 +100,8 @@ class _KeepEncoder(Encoder):
         self._dtype = dtype
         self.parts = (Part("values", name, dtype, shape, 1),)
 
-    def encode(self, tile: Array, start: int, scratch: Scratch) -> tuple[Status, dict[str, Array]]:
-        """Round one tile; F16_RANGE if a finite weight becomes Inf."""
+    def reference(self, tile: Array) -> tuple[Status, dict[str, Array]]:
+        """Round a tile; F16_RANGE if a finite weight becomes Inf."""
         values = from_f32(tile, self._dtype)
         if self._dtype == "F16" and (np.isinf(values) & np.isfinite(tile)).any():
             return Status.F16_RANGE, {}

@@ -19,8 +19,9 @@ from quantcache.cache.key import Stamp, canonical, digest, fingerprint
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, StoreReadOnlyError
 from quantcache.loader.ahead import Check, Pool, Stored, read_ahead
+from quantcache.loader.build import Build
 from quantcache.loader.digests import known_digest
-from quantcache.loader.pipeline import Build, Pipeline, Progress, default_threads
+from quantcache.loader.pipeline import Pipeline, Progress, default_threads
 from quantcache.loader.plan import Job, Request, native_names, plan
 from quantcache.loader.source import Source
 from quantcache.loader.tiles import Quantizer

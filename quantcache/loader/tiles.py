@@ -1,45 +1,79 @@
-"""Own the work on one tile: read, decode, merge, quantize; what comes out are pieces of stored tensors.
+"""Own the work on tiles: read, decode, merge, quantize, digest; what comes out are pieces of stored tensors.
 
-Knows no threads and no store: a pipeline runs it, and so does whoever compares an entry with its source.
+Knows no threads and no store: a pipeline runs it, and so does whoever compares an entry with its source. What follows each
+other in C, over several tiles, is one foreign call: docs/decisions/0009-pipeline.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quantcache.cache.key import digest
 from quantcache.loader import weights
-from quantcache.loader.digests import DigestBehind
+from quantcache.loader.digests import Claim
 from quantcache.loader.plan import Job
 from quantcache.loader.source import Source
+from quantcache.quant import native
 from quantcache.quant.codec import Scratch, Status
+from quantcache.quant.digest import NBYTES, add_digest
+from quantcache.quant.native import Calls
 from quantcache.tensor import ITEMSIZE
 from quantcache.trace import span
 
-__all__ = ["Piece", "Quantizer", "encode_tile", "encode_tiles", "whole_pieces"]
+__all__ = ["Piece", "Quantizer", "Tile", "encode", "encode_elsewhere", "encode_tile", "whole_pieces"]
+
+Array = NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """Hold contiguous bytes of one stored tensor.
 
     Args:
         key: its name in the entry.
         position: first byte in the tensor.
-        buffer: the bytes; they may lie in a thread's buffers, or in the mapped source.
+        buffer: the bytes, uint8; they may lie in a thread's buffers, or in the mapped source.
+        digest: of them, if it was asked for.
+        address: of the bytes.
     """
 
     key: str
     position: int
     buffer: Any
+    digest: bytes = b""
+    address: int = 0
+
+    def __post_init__(self) -> None:
+        """Look the address up, once for whoever passes the bytes on."""
+        self.address = native.address(self.buffer)
 
 
-def encode_tile(
-    source: Source, job: Job, start: int, work: Scratch, outputs: Scratch, behind: DigestBehind | None = None
-) -> tuple[Status, list[Piece]]:
+@dataclass(slots=True)
+class Tile:
+    """Name a part of a tensor that is quantized at a time, and hold what became of it.
+
+    Args:
+        job: what becomes of the tensor.
+        start, stop: first weight, and the one behind the last.
+        claim: what is to be digested of the source.
+        status: OK, or why the job's codec refuses the values.
+        pieces: what is to be stored, if it is OK.
+    """
+
+    job: Job
+    start: int
+    stop: int
+    claim: Claim | None = None
+    status: Status = Status.OK
+    pieces: list[Piece] = field(default_factory=list)
+
+
+def encode_tile(source: Source, job: Job, start: int, work: Scratch, outputs: Scratch) -> tuple[Status, list[Piece]]:
     """Read and quantize one tile.
 
     Args:
@@ -48,7 +82,6 @@ def encode_tile(
         start: first weight of the tile.
         work: the calling thread's buffers.
         outputs: buffers that the pieces may lie in.
-        behind: takes the source's digest.
 
     Returns:
         OK and the pieces, or why the job's codec refuses the values.
@@ -56,31 +89,175 @@ def encode_tile(
     Raises:
         SourceError: the source cannot be read.
     """
-    stop = min(start + job.tile, job.size)
-    if stop <= start:  # an empty tensor
-        return Status.OK, []
-    return _encode(job, start, _read(source, job, start, stop, behind), work, outputs)
+    tile = Tile(job, start, min(start + job.tile, job.size))
+    encode(source, [tile], work, outputs)
+    return tile.status, tile.pieces
 
 
-def _encode(job: Job, start: int, raw: NDArray[np.uint8], work: Scratch, outputs: Scratch) -> tuple[Status, list[Piece]]:
-    info = job.info
+def encode(source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratch, *, digested: bool = False) -> None:
+    """Read and quantize tiles of one file, in one foreign call where Python has nothing to do in between.
+
+    Args:
+        source: the file.
+        tiles: what to do; status and pieces are written.
+        work: the calling thread's buffers.
+        outputs: buffers that the pieces may lie in; for more than one tile an Arena.
+        digested: whether the pieces are to have their digests.
+
+    Raises:
+        SourceError: the source cannot be read.
+    """
+    tiles = [tile for tile in tiles if tile.stop > tile.start]  # of an empty tensor there is nothing
+    if not tiles:
+        return
+    if native.level() == "reference":
+        for tile in tiles:
+            first, last = source.extent(tile.job.info, tile.start, tile.stop)
+            source.file.populate(first, last - first)
+            _encode_here(tile, _bytes(source, tile), work, outputs)
+            for piece in tile.pieces if digested else ():
+                piece.digest = digest(piece.buffer)
+        return
+    calls = Calls()
+    steps: list[_Reading | _Encoding] = [_Reading(source, tiles, calls)]
+    for tile in tiles:
+        step = _Encoding(tile, calls)
+        if source.big_endian or not step.prepare(source, work, outputs):
+            _make(calls, steps)
+            _encode_here(tile, _bytes(source, tile), work, outputs)
+            steps = []
+        if digested:
+            step.add_digests(outputs)
+        step.end = len(calls)
+        steps.append(step)
+    _make(calls, steps)
+
+
+class _Reading:
+    """Add the calls that read tiles, all before the first is quantized: other readers wait for the digests of their bytes."""
+
+    def __init__(self, source: Source, tiles: Sequence[Tile], calls: Calls) -> None:
+        self._file, self.begin = source.file, len(calls)
+        calls.name = tiles[0].job.info.name
+        extents = [source.extent(tile.job.info, tile.start, tile.stop) for tile in tiles]
+        self._first = min(first for first, _ in extents)
+        claim = Claim.of_all([tile.claim for tile in tiles if tile.claim is not None])
+        for first, last in extents:
+            if claim is None or not claim.covers(first, last):
+                source.file.add_populate(calls, first, last - first)
+        if claim is not None:
+            claim.add_to(calls)
+        self.end = len(calls)
+
+    def done(self) -> None:
+        """Everything is in memory."""
+
+    def failed(self, _: str, code: int) -> None:
+        """Take that a call failed.
+
+        Raises:
+            SourceError: always.
+        """
+        raise self._file.unreadable(code, self._first)
+
+
+class _Encoding:
+    """Add the calls that make pieces of a tile, and take what came of them."""
+
+    def __init__(self, tile: Tile, calls: Calls) -> None:
+        self._tile, self._calls = tile, calls
+        calls.name = tile.job.info.name
+        self.begin = self.end = len(calls)
+        self._arrays: dict[str, Array] | None = None
+        self._digests: Array | None = None
+        self._short: list[Piece] = []
+
+    def prepare(self, source: Source, work: Scratch, outputs: Scratch) -> bool:
+        """Add what quantizes; return False if Python has to do a part of it."""
+        job, start = self._tile.job, self._tile.start
+        first, last = source.extent(job.info, start, self._tile.stop)
+        raw = source.file.bytes[first:last]
+        if job.encoder is None:
+            self._tile.pieces = [Piece(job.info.name, start * ITEMSIZE[job.info.dtype], raw)]
+            return True
+        widened = weights.prepare(raw, job, start, work)
+        prepared = widened and job.encoder.prepare(widened[1], outputs)
+        if widened is None or prepared is None:
+            return False
+        for call, phase in ((widened[0], "decode"), (prepared[0], "quantize")):
+            if call is not None:
+                self._calls.add(native.kernel(call[0]), *call[1:], phase=phase, nbytes=widened[1].nbytes)
+        self._arrays = prepared[1]
+        self._tile.pieces = _pieces(self._tile, self._arrays)
+        return True
+
+    def add_digests(self, outputs: Scratch) -> None:
+        """Add what digests the pieces."""
+        self._digests = outputs.array("digests", np.uint8, NBYTES * len(self._tile.pieces))
+        address = native.address(self._digests)
+        for number, piece in enumerate(self._tile.pieces):
+            if not add_digest(self._calls, piece.address, piece.buffer.size, address + NBYTES * number):
+                self._short.append(piece)
+
+    def done(self) -> None:
+        """Take what all calls have made."""
+        if self._digests is not None:
+            found = self._digests.tobytes()
+            for number, piece in enumerate(self._tile.pieces):
+                piece.digest = found[NBYTES * number : NBYTES * (number + 1)]
+            for piece in self._short:
+                piece.digest = digest(piece.buffer)
+        if self._arrays is not None and self._tile.job.encoder is not None:
+            self._tile.job.encoder.encoded(self._tile.start, self._arrays)
+
+    def failed(self, _: str, code: int) -> None:
+        """Take that a call failed; none after it was made."""
+        self._tile.status, self._tile.pieces = Status(code), []
+
+
+def _make(calls: Calls, steps: list[_Reading | _Encoding]) -> None:
+    """Make the calls of steps; a tile that its codec refuses does not keep the next ones from theirs."""
+    stopped = calls.run(steps[0].begin) if steps else 0
+    for step in steps:
+        if stopped < step.end:
+            step.failed(*calls.result(stopped))
+            stopped = calls.run(step.end)
+        else:
+            step.done()
+
+
+def _bytes(source: Source, tile: Tile) -> Array:
+    """Return a tile's bytes, which are in memory, as a little-endian file has them."""
+    first, last = source.extent(tile.job.info, tile.start, tile.stop)
+    return source.little_endian(tile.job.info, source.file.bytes[first:last])
+
+
+def _encode_here(tile: Tile, raw: Array, work: Scratch, outputs: Scratch) -> None:
+    """Quantize what is in memory, with Python between the kernels."""
+    job = tile.job
     if job.encoder is None:
-        return Status.OK, [Piece(info.name, start * ITEMSIZE[info.dtype], raw)]
-    tile = weights.widened(raw, job, start, work)
-    with span("quantize", tile.nbytes, info.name):
-        status, arrays = job.encoder.encode(tile, start, outputs)
-    if status != Status.OK:
-        return status, []
-    pieces = []
-    for part in job.encoder.parts:
-        if part.weights:
-            made = arrays[part.name].view(np.uint8)
-            if not job.as_stored and np.may_share_memory(made, tile):  # the thread's next tile will stand there
-                kept = outputs.array(f"kept {part.name}", np.uint8, made.size)
-                kept[...] = made
-                made = kept
-            pieces.append(Piece(part.key, start // part.weights * ITEMSIZE[part.dtype], made))
-    return status, pieces
+        tile.pieces = [Piece(job.info.name, tile.start * ITEMSIZE[job.info.dtype], raw)]
+        return
+    widened = weights.widened(raw, job, tile.start, work)
+    with span("quantize", widened.nbytes, job.info.name):
+        tile.status, arrays = job.encoder.encode(widened, tile.start, outputs)
+    if tile.status != Status.OK:
+        return
+    for name, made in arrays.items():
+        if not job.as_stored and np.may_share_memory(made, widened):  # the thread's next tile will stand there
+            arrays[name] = outputs.array(f"kept {name}", made.dtype, made.size)
+            arrays[name][...] = made
+    tile.pieces = _pieces(tile, arrays)
+
+
+def _pieces(tile: Tile, arrays: dict[str, Array]) -> list[Piece]:
+    """Return the parts of a tile that are stored tile by tile."""
+    assert tile.job.encoder is not None
+    return [
+        Piece(part.key, tile.start // part.weights * ITEMSIZE[part.dtype], arrays[part.name].view(np.uint8).reshape(-1))
+        for part in tile.job.encoder.parts
+        if part.weights
+    ]
 
 
 class Quantizer(Protocol):
@@ -109,55 +286,43 @@ class Quantizer(Protocol):
         """Let go of what it works with."""
 
 
-def encode_tiles(
-    source: Source, job: Job, start: int, stop: int, work: Scratch, outputs: Scratch, behind: DigestBehind | None, quantizer: Quantizer
-) -> tuple[Status, list[Piece]]:
-    """Read several tiles and have them quantized; see encode_tile.
+def encode_elsewhere(source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratch, quantizer: Quantizer, *, digested: bool) -> None:
+    """Read consecutive tiles of a tensor and have them quantized.
 
     Args:
-        source, job, start, work, outputs, behind: as there.
-        stop: behind the last weight.
+        source, tiles, work, outputs, digested: see encode.
         quantizer: does it; what it refuses is done here.
     """
-    raw = _read(source, job, start, stop, behind)
+    job, start, stop = tiles[0].job, tiles[0].start, tiles[-1].stop
+    first, last = source.extent(job.info, start, stop)
+    if claim := Claim.of_all([tile.claim for tile in tiles if tile.claim is not None]):
+        claim.keep()
+    for tile in tiles:
+        tile.claim = None
+    source.file.populate(first, last - first)
+    raw = source.little_endian(job.info, source.file.bytes[first:last])
     with span("quantize", raw.nbytes, job.info.name):
         made = quantizer.encode(job, start, raw, outputs)
-    pieces: list[Piece] = []
-    if made is not None:
-        assert job.encoder is not None
-        arrays = job.encoder.encoded(start, made)
+    if made is None:
+        encode(source, tiles, work, outputs, digested=digested)
+        return
+    assert job.encoder is not None
+    arrays = job.encoder.encoded(start, made)
+    calls = Calls()
+    steps: list[_Reading | _Encoding] = []
+    for tile in tiles:
         for part in job.encoder.parts:
             if part.weights:
-                flat, itemsize = arrays[part.name].view(np.uint8), ITEMSIZE[part.dtype]
-                for first in range(start, stop, job.tile):
-                    begin, end = ((at - start) // part.weights * itemsize for at in (first, first + job.tile))
-                    pieces.append(Piece(part.key, first // part.weights * itemsize, flat[begin:end]))
-        return Status.OK, pieces
-    origin, _ = source.extent(job.info, start, stop)
-    for first in range(start, stop, job.tile):
-        begin, end = source.extent(job.info, first, min(first + job.tile, stop))
-        status, found = _encode(job, first, raw[begin - origin : end - origin], work, outputs)
-        if status != Status.OK:
-            return status, []
-        pieces += [Piece(piece.key, piece.position, piece.buffer.copy()) for piece in found]  # the next tile takes the same buffers
-    return Status.OK, pieces
-
-
-def _read(source: Source, job: Job, start: int, stop: int, behind: DigestBehind | None) -> NDArray[np.uint8]:
-    """Return a tile's bytes as the source maps them, faulted in and digested; of a big-endian file a copy."""
-    first, last = source.extent(job.info, start, stop)
-    raw = source.file.bytes[first:last]
-    if behind is None:
-        source.file.populate(first, last - first)
-    else:
-        behind.begin(first, last)
-        try:
-            source.file.populate(first, last - first)
-        except BaseException:
-            behind.give_up(first, last)
-            raise
-        behind.feed(first, raw.data)
-    return source.little_endian(job.info, raw)
+                itemsize = ITEMSIZE[part.dtype]
+                begin, end = ((at - start) // part.weights * itemsize for at in (tile.start, tile.start + job.tile))
+                buffer = arrays[part.name].view(np.uint8)[begin:end]
+                tile.pieces.append(Piece(part.key, tile.start // part.weights * itemsize, buffer))
+        if digested:
+            step = _Encoding(tile, calls)
+            step.add_digests(outputs)
+            step.end = len(calls)
+            steps.append(step)
+    _make(calls, steps)
 
 
 def whole_pieces(job: Job) -> list[Piece]:

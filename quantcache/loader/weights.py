@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from quantcache.loader.changes import DIFFERENCE, PRODUCT, Change
 from quantcache.loader.plan import Job
 from quantcache.loader.source import Source
-from quantcache.quant import merge
-from quantcache.quant.blocks import decode
-from quantcache.quant.codec import Scratch
+from quantcache.quant import blocks, merge
+from quantcache.quant.codec import Call, Scratch
 from quantcache.tensor import TensorInfo, array_dtype
 from quantcache.trace import span
 
-__all__ = ["widened"]
+__all__ = ["prepare", "widened"]
 
 Array = NDArray[Any]
 
@@ -42,11 +41,11 @@ def widened(raw: Array, job: Job, start: int, scratch: Scratch) -> Array:
     """
     info = job.info
     if job.as_stored:
-        return raw.view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype))
+        return _elements(raw, info)
     wide = scratch.array("weights", np.float32, min(job.tile, job.size - start))
     with span("decode", raw.nbytes, info.name):
         if info.is_block:
-            decode(info.dtype, raw, wide, "F32")
+            blocks.decode(info.dtype, raw, wide, "F32")
         else:
             _widen(raw, info, wide)
     if job.changes:
@@ -59,8 +58,28 @@ def widened(raw: Array, job: Job, start: int, scratch: Scratch) -> Array:
     return wide
 
 
+def prepare(raw: Array, job: Job, start: int, scratch: Scratch) -> tuple[Call | None, Array] | None:
+    """Return the kernel's call that makes the weights, and where they will be; None if only `widened` can make them.
+
+    Args:
+        raw, job, start, scratch: see widened; the bytes need not be there yet.
+    """
+    info = job.info
+    if job.as_stored:
+        found = _elements(raw, info)
+        return (None, found) if found.flags.aligned else None
+    if not info.is_block or job.changes or job.decision.exponent:
+        return None
+    wide = scratch.array("weights", np.float32, min(job.tile, job.size - start))
+    return blocks.prepare(info.dtype, raw, wide, "F32"), wide
+
+
+def _elements(raw: Array, info: TensorInfo) -> Array:
+    return raw.view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype))
+
+
 def _widen(piece: Array, info: TensorInfo, out: Array) -> None:
-    merge.widen(piece.view(np.uint16 if info.dtype == "BF16" else array_dtype(info.dtype)), info.dtype, out)
+    merge.widen(_elements(piece, info), info.dtype, out)
 
 
 def _apply(change: Change, info: TensorInfo, start: int, wide: Array, scratch: Scratch) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from quantcache.errors import CodecError
 from quantcache.quant import native
-from quantcache.quant.codec import Status, import_codecs
+from quantcache.quant.codec import Call, Status, import_codecs
 from quantcache.quant.floats import from_f32
 from quantcache.quant.wgsl import Dots, WeightShader, read
 from quantcache.tensor import BLOCKS, output_for
@@ -30,6 +30,7 @@ __all__ = [
     "block_types",
     "decode",
     "dequantize",
+    "prepare",
     "register_block",
     "register_family",
     "to_little_endian",
@@ -177,9 +178,16 @@ def decode(name: str, blocks: Array, out: Array, dtype: str) -> None:
             decoded = kind.reference(blocks.reshape(-1).view(kind.layout)).reshape(-1)
             flat.view(f"u{flat.itemsize}")[...] = from_f32(decoded, dtype).view(f"u{flat.itemsize}")
         return
-    arguments = (kind.number, native.contiguous(blocks), count, _NO_TABLES if kind.tables is None else kind.tables, flat, native.ELEMENT[dtype])
-    if native.kernel(kind.kernel)(*arguments) != Status.OK:
+    call = prepare(name, blocks, flat, dtype)
+    if native.kernel(call[0])(*call[1:]) != Status.OK:
         raise CodecError(f"the kernel {kind.kernel} does not know {name}")
+
+
+def prepare(name: str, blocks: Array, out: Array, dtype: str) -> Call:
+    """Return the kernel's call that decodes whole blocks; see decode, which checks what it is given."""
+    kind = block_type(name)
+    tables = _NO_TABLES if kind.tables is None else kind.tables
+    return kind.kernel, kind.number, native.contiguous(blocks), blocks.size // kind.nbytes, tables, out, native.ELEMENT[dtype]
 
 
 def dequantize(

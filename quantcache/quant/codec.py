@@ -20,12 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import CodecError, UsageError
+from quantcache.quant import native
 from quantcache.quant.wgsl import EncodeShader, WeightShader
 from quantcache.tensor import ITEMSIZE, array_dtype, output_for
 
-__all__ = ["Codec", "Encoder", "Part", "Scratch", "Status", "codec", "codec_ids", "import_codecs", "quantize", "register"]
+__all__ = ["Arena", "Call", "Codec", "Encoder", "Part", "Scratch", "Status", "codec", "codec_ids", "import_codecs", "quantize", "register"]
 
 Array = NDArray[Any]
+_LINE = 64
+#: a kernel's name, as native.kernel takes it, and its arguments
+Call = tuple[Any, ...]
 
 
 class Status(enum.IntFlag):
@@ -84,6 +88,36 @@ class Scratch:
         return buffer[:nbytes].view(dtype)
 
 
+class Arena(Scratch):
+    """Keep buffers for several tiles at a time: no array stands where another does, until all are let go together.
+
+    Args:
+        nbytes: of all arrays, most of the time; memory that is never touched costs nothing.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self._nbytes = nbytes
+        self._taken = self._missing = 0
+
+    def clear(self) -> None:
+        """Let go of all arrays."""
+        self._nbytes = max(self._nbytes, self._taken + self._missing)
+        self._taken = self._missing = 0
+
+    def array(self, slot: str, dtype: Any, size: int) -> Array:
+        """Return `size` elements that nobody else has, at a multiple of 64 bytes from each other."""
+        nbytes = np.dtype(dtype).itemsize * size
+        room, whole = -(-nbytes // _LINE) * _LINE, self._buffers.get("")
+        if whole is None or (not self._taken and whole.nbytes < self._nbytes):
+            whole = self._buffers[""] = np.empty(self._nbytes, np.uint8)
+        if self._taken + room > whole.nbytes:
+            self._missing += room  # the next time there will be room for all
+            return np.empty(nbytes, np.uint8).view(dtype)
+        self._taken += room
+        return whole[self._taken - room : self._taken - room + nbytes].view(dtype)
+
+
 class Encoder(ABC):
     """Quantize one tensor, tile by tile, from several threads at once.
 
@@ -95,25 +129,45 @@ class Encoder(ABC):
     #: the stored arrays, in the order in which callers see them
     parts: tuple[Part, ...]
 
+    def prepare(self, tile: Array, scratch: Scratch) -> tuple[Call | None, dict[str, Array]] | None:
+        """Return the kernel's call that quantizes a tile, and the arrays that it fills.
+
+        The call is None if the arrays need no kernel, and so is everything if there is none.
+
+        Args:
+            tile: flat weights; its length is a multiple of the codec's `multiple(shape)`, but for the last.
+            scratch: buffers that the arrays may lie in.
+        """
+        return None
+
     @abstractmethod
+    def reference(self, tile: Array) -> tuple[Status, dict[str, Array]]:
+        """Quantize a tile in plain NumPy: the status and, if it is OK, what the kernel would fill."""
+
     def encode(self, tile: Array, start: int, scratch: Scratch) -> tuple[Status, dict[str, Array]]:
         """Quantize one tile.
 
         Args:
-            tile: flat weights; its length is a multiple of the codec's `multiple(shape)`, but for the last.
-            start: index of its first weight in the flattened tensor.
-            scratch: the calling thread's buffers; the result may lie in them.
+            tile, scratch: see prepare.
+            start: index of the tile's first weight in the flattened tensor.
 
         Returns:
             The status and, if it is OK, name -> flat array for every part with `weights > 0`.
         """
+        prepared = self.prepare(tile, scratch) if native.level() != "reference" else None
+        if prepared is None:
+            status, arrays = self.reference(tile)
+        else:
+            call, arrays = prepared
+            status = Status(native.kernel(call[0])(*call[1:])) if call else Status.OK
+        return status, dict(self.encoded(start, arrays)) if status == Status.OK else {}
 
     def encoded(self, start: int, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Take what another processor made of a tile, as if encode() had.
+        """Take what a kernel, or another processor, made of a tile.
 
         Args:
             start: index of the tile's first weight.
-            arrays: what the codec's encode_shader makes.
+            arrays: what prepare() or the codec's encode_shader names.
 
         Returns:
             What encode() returns.

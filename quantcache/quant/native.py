@@ -2,16 +2,17 @@
 
 A kernel is found by its name, `qc_<codec>_<operation>__<level>`, so a new codec registers nothing here.
 Arguments are NumPy arrays (their address is passed; the caller guarantees the sizes that the kernel's
-comment states) and integers. ctypes releases the GIL during the call.
+comment states) and integers. ctypes releases the GIL during the call; `Calls` makes several without taking it in between.
 
-Source: docs/decisions/0001-ctypes-or-extension.md
+Source: docs/decisions/0001-ctypes-or-extension.md; docs/decisions/0009-pipeline.md for Calls
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+import time
+from array import array
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import KernelError, UsageError
+from quantcache.trace import spent
 
-__all__ = ["ELEMENT", "LEVELS", "available", "kernel", "level"]
+__all__ = ["ELEMENT", "LEVELS", "Calls", "Kernel", "Pinned", "address", "available", "kernel", "level", "system"]
 
 #: In the order of the bits that qc_cpu_levels() returns.
 LEVELS = ("scalar", "avx2", "avx512", "neon")
 
 #: Element types as kernel.h numbers them.
 ELEMENT = {"F32": 0, "F16": 1, "BF16": 2}
+
+#: the arguments that a call has not
+_NOTHING = (0,) * 8
 
 _HINT = "reinstall quantcache with a C compiler, or set QUANTCACHE_KERNEL=reference for plain NumPy (slow)"
 
@@ -92,36 +97,136 @@ def level() -> str:
     return wanted
 
 
+def address(array: NDArray[Any]) -> int:
+    """Return where an array's first element is."""
+    # __array_interface__ gives it in a third of the time of ndarray.ctypes
+    found: int = array.__array_interface__["data"][0]
+    return found
+
+
+class Pinned(int):
+    """The address of an array that is there for good, to be passed instead of it: looking it up takes a microsecond."""
+
+    array: NDArray[Any]
+
+    def __new__(cls, array: NDArray[Any]) -> Pinned:
+        """Look it up."""
+        self = super().__new__(cls, address(array))
+        self.array = array
+        return self
+
+
+class Kernel:
+    """Call one function of the library with arrays and integers.
+
+    Args:
+        symbol: its name.
+
+    Raises:
+        KernelError: the library has no such function.
+    """
+
+    def __init__(self, symbol: str) -> None:
+        try:
+            self._function = getattr(_library(), symbol)
+        except AttributeError as error:
+            raise KernelError(f"the compiled kernels have no {symbol}", hint=_HINT) from error
+        self._function.restype = ctypes.c_int
+        self.address: int = ctypes.cast(self._function, ctypes.c_void_p).value or 0
+
+    def __call__(self, *arguments: NDArray[Any] | int) -> int:
+        """Return what the function returns: of a kernel, its status bits."""
+        # Python integers pass as C int unless told otherwise: every argument is 64 bits wide
+        status: int = self._function(*[ctypes.c_uint64(a if isinstance(a, int) else address(a)) for a in arguments])
+        return status
+
+
 @cache
-def kernel(name: str, at_level: str | None = None) -> Callable[..., int]:
-    """Return a function that calls one kernel.
+def kernel(name: str, at_level: str | None = None) -> Kernel:
+    """Return what calls one kernel.
 
     Args:
         name: without prefix and level, as "nf4_quantize".
         at_level: another level than the one in use, for tests and benchmarks.
 
-    Returns:
-        A function of arrays and integers that returns the kernel's status bits.
-
     Raises:
         KernelError: the library has no such kernel.
     """
-    symbol = f"qc_{name}__{at_level or level()}"
-    try:
-        function = getattr(_library(), symbol)
-    except AttributeError as error:
-        raise KernelError(f"the compiled kernels have no {symbol}", hint=_HINT) from error
-    function.restype = ctypes.c_int
-    # Python integers pass as C int unless told otherwise: every argument is 64 bits wide
-    wide = ctypes.c_uint64
+    return Kernel(f"qc_{name}__{at_level or level()}")
 
-    def call(*arguments: NDArray[Any] | int) -> int:
-        # __array_interface__ gives the address in a third of the time of ndarray.ctypes
-        words = [wide(a if isinstance(a, int) else a.__array_interface__["data"][0]) for a in arguments]
-        status: int = function(*words)
-        return status
 
-    return call
+@cache
+def system(name: str) -> Kernel:
+    """Return what calls one of the functions that calls.c has beside kernels, without its prefix: "populate", "write".
+
+    Raises:
+        KernelError: there is none.
+    """
+    return Kernel(f"qc_{name}")
+
+
+@cache
+def _runner() -> Any:
+    function = _library().qc_calls
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_uint64), ctypes.c_int64
+    return function
+
+
+class Calls:
+    """Collect calls, and make them in one go: threads that are through with one wait for nobody's GIL before the next.
+
+    Arrays are kept as long as this is; addresses that are given as integers are the caller's to keep.
+    """
+
+    #: as calls.c has a call: function, number of arguments, status, time, arguments
+    _WORDS = 12
+
+    def __init__(self) -> None:
+        self._words = array("Q")
+        self._kept: list[tuple[NDArray[Any] | int, ...]] = []
+        self._phases: list[tuple[str, int, str]] = []
+        #: of the tensor or file whose calls are added, for the trace
+        self.name = ""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._phases)
+
+    def add(self, function: Kernel, *arguments: NDArray[Any] | int, phase: str, nbytes: int) -> None:
+        """Add a call.
+
+        Args:
+            function: what to call.
+            arguments: two to eight.
+            phase, nbytes: see quantcache.trace.span.
+        """
+        words = [a if isinstance(a, int) else a.__array_interface__["data"][0] for a in arguments]
+        self._words.extend((function.address, len(words), 0, 0, *words, *_NOTHING[len(words) :]))
+        self._kept.append(arguments)
+        self._phases.append((phase, nbytes, self.name))
+
+    def run(self, first: int = 0) -> int:
+        """Make the calls from one on, up to the first that does not return 0.
+
+        Args:
+            first: number of the call.
+
+        Returns:
+            The number of the call that did not return 0, or how many there are.
+        """
+        words, count = self._words, len(self._phases)
+        if first == count:
+            return first
+        start_ns = time.perf_counter_ns()
+        stopped: int = first + _runner()(words.buffer_info()[0] + 8 * self._WORDS * first, count - first)
+        done = words[first * self._WORDS + 3 : min(stopped + 1, count) * self._WORDS : self._WORDS]
+        spent(start_ns, self._phases[first:] if first else self._phases, done)
+        return stopped
+
+    def result(self, call: int) -> tuple[str, int]:
+        """Return the phase of a call that was made, and what it returned."""
+        status: int = self._words[call * self._WORDS + 2]
+        return self._phases[call][0], status
 
 
 def contiguous(array: NDArray[Any]) -> NDArray[Any]:

@@ -20,6 +20,7 @@ from quantcache.quant.codecs.int8 import reference as int8
 from quantcache.quant.codecs.int8_row import reference as int8_row
 from quantcache.quant.codecs.nf4 import MIDDLES, NESTED_MAP, NESTED_MIDDLES, TABLE
 from quantcache.quant.codecs.nf4 import reference as nf4
+from quantcache.quant.digest import Stream
 from quantcache.quant.floats import from_f32, to_f32
 from quantcache.quant.merge import reference as merging
 from quantcache.quant.native import ELEMENT
@@ -42,7 +43,7 @@ class Runner:
         self.command, self.library, self.env = list(command), library, env
 
     def call(self, symbol: str, *arguments: Any) -> tuple[int, list[Any]]:
-        """Call one kernel; an argument is an integer, an input array, or ("out", dtype, size).
+        """Call one kernel; an argument is an integer, an input array, ("out", dtype, size), or ("both", array).
 
         Returns:
             The status and the outputs.
@@ -55,6 +56,9 @@ class Runner:
         for argument in arguments:
             if isinstance(argument, int):
                 request += struct.pack("<BQ", 0, argument)
+            elif isinstance(argument, tuple) and argument[0] == "both":
+                outputs.append((argument[1].dtype, argument[1].size))
+                request += struct.pack("<BQ", 3, argument[1].nbytes) + argument[1].tobytes()
             elif isinstance(argument, tuple):
                 outputs.append((np.dtype(argument[1]), argument[2]))
                 request += struct.pack("<BQ", 2, outputs[-1][0].itemsize * argument[2])
@@ -205,13 +209,20 @@ def check_merging(runner: Runner, level: str) -> int:
 def check_digests(runner: Runner, level: str) -> int:
     """Compare digests with the xxhash package: around its stripes and blocks, one piece and several."""
     sizes = [(241, 241), (1024, 1024), (1025, 2000), (1089, 1089), (9000, 4096), (70_000, 1024)]
-    for length, piece in sizes:
+    for length, step in sizes:
         data = np.random.default_rng(SEED).integers(0, 256, length, dtype=np.uint8)
-        wanted = b"".join(xxhash.xxh3_128_digest(data[start : start + piece].data) for start in range(0, length, piece))
-        status, (got,) = runner.call(f"qc_digest_pieces__{level}", data, length, piece, ("out", "u1", len(wanted)))
+        wanted = b"".join(xxhash.xxh3_128_digest(data[start : start + step].data) for start in range(0, length, step))
+        status, (got,) = runner.call(f"qc_digest_pieces__{level}", data, length, step, ("out", "u1", len(wanted)))
         if status != Status.OK or got.tobytes() != wanted:
-            raise SystemExit(f"{level}: digests of {length} bytes by {piece} differ (QUANTCACHE_TEST_SEED={SEED})")
-    return len(sizes)
+            raise SystemExit(f"{level}: digests of {length} bytes by {step} differ (QUANTCACHE_TEST_SEED={SEED})")
+        stream = np.zeros(Stream.WORDS, np.uint64)
+        for start in range(0, length, 777):
+            piece = data[start : start + 777]
+            _, (stream,) = runner.call(f"qc_digest_in_turn__{level}", ("both", stream), piece, piece.size, start)
+        status, (got,) = runner.call(f"qc_digest_of_stream__{level}", stream, ("out", "u1", 16))
+        if status != Status.OK or got.tobytes() != xxhash.xxh3_128_digest(data.data):
+            raise SystemExit(f"{level}: the digest of a stream of {length} bytes differs (QUANTCACHE_TEST_SEED={SEED})")
+    return 2 * len(sizes)
 
 
 def run(command: Sequence[str | Path]) -> None:

@@ -1,7 +1,7 @@
 /* Calls one kernel of a library with a request from stdin, so that an emulator can run what was cross-compiled.
  *
  * Request: u32 length of the library's path, path; u32 length of the symbol, symbol; u32 number of arguments (<= 8);
- * for each: u8 kind (0 integer, 1 input, 2 output), u64 value or size, then the bytes of an input.
+ * for each: u8 kind (0 integer, 1 input, 2 output, 3 both), u64 value or size, then the bytes of an input.
  * Answer: i32 status, then the bytes of every output. All little-endian.
  *
  * Every array ends where a forbidden page begins, so that one byte read or written past it is a crash, under an
@@ -54,12 +54,12 @@ int main(void) {
         if (!kind[i]) continue;
         size[i] = word[i];
         uint8_t *memory = guarded(size[i]);
-        if (kind[i] == 1) take(memory, size[i]);
+        if (kind[i] & 1) take(memory, size[i]);
         word[i] = (uint64_t)(uintptr_t)memory;
     }
     const int32_t status = kernel(word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7]);
     fwrite(&status, 4, 1, stdout);
     for (uint32_t i = 0; i < 8; i++)
-        if (kind[i] == 2) fwrite((void *)(uintptr_t)word[i], 1, size[i], stdout);
+        if (kind[i] & 2) fwrite((void *)(uintptr_t)word[i], 1, size[i], stdout);
     return 0;
 }

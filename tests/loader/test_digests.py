@@ -12,7 +12,7 @@ import pytest
 
 from quantcache.errors import SourceError
 from quantcache.loader import digests
-from quantcache.loader.digests import DigestBehind
+from quantcache.loader.digests import Claim, DigestBehind
 from quantcache.loader.mapping import MappedFile
 
 CHUNK = 1 << 20
@@ -46,10 +46,9 @@ def tiles(file: MappedFile, shuffler: random.Random) -> list[tuple[int, int]]:
     return found
 
 
-def feed(behind: DigestBehind, file: MappedFile, start: int, stop: int) -> None:
-    """Read a range and hand it over."""
-    behind.begin(start, stop)
-    behind.feed(start, file.memory[start:stop])
+def feed(behind: DigestBehind, start: int, stop: int) -> None:
+    """Claim a range and digest it."""
+    behind.claim(start, stop).keep()
 
 
 def finish(behind: DigestBehind) -> str:
@@ -60,29 +59,29 @@ def finish(behind: DigestBehind) -> str:
 
 
 @pytest.mark.parametrize("order", ["in order", "reversed", "shuffled", "nothing"])
-def test_any_order(file: MappedFile, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_order(file: MappedFile, order: str) -> None:
     """Whatever was read before what, the digest is that of the file."""
-    monkeypatch.setattr(digests, "_PATIENCE_S", 0.0)
     shuffler = random.Random()
     ranges = tiles(file, shuffler)
     behind = DigestBehind(file, ranges)
     given = {"in order": ranges, "reversed": ranges[::-1], "shuffled": shuffler.sample(ranges, len(ranges)), "nothing": []}[order]
     for start, stop in given:
-        feed(behind, file, start, stop)
+        feed(behind, start, stop)
     assert finish(behind) == expected(file)
 
 
 def test_in_order_reads_nothing_twice(file: MappedFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that come in order are digested where they are: only what is nobody's is read."""
+    """Tiles that come in order are digested once, where they are; what is nobody's is, too."""
     read: list[int] = []
-    real = MappedFile.populate
-    monkeypatch.setattr(MappedFile, "populate", lambda self, offset, nbytes: (read.append(nbytes), real(self, offset, nbytes))[1])
+    real = digests.Stream.add_in_turn
+    monkeypatch.setattr(digests.Stream, "add_in_turn", lambda *given: (read.append(given[3]), real(*given))[1])
     ranges = [(100 + n * 50_000, 100 + (n + 1) * 50_000) for n in range((file.nbytes - 100) // 50_000)]
     behind = DigestBehind(file, ranges)
     for start, stop in ranges:
-        feed(behind, file, start, stop)
+        feed(behind, start, stop)
+    assert sum(read) == ranges[-1][1]
     assert finish(behind) == expected(file)
-    assert sum(read) == 100 + file.nbytes - ranges[-1][1]
+    assert sum(read) == file.nbytes
 
 
 def test_many_readers(file: MappedFile) -> None:
@@ -95,11 +94,13 @@ def test_many_readers(file: MappedFile) -> None:
         def work(behind: DigestBehind = behind, waiting: object = waiting, lock: threading.Lock = lock) -> None:
             while True:
                 with lock:
-                    found = next(waiting, None)  # type: ignore[call-overload]
-                    if found is None:
-                        return
-                    behind.begin(*found)
-                behind.feed(found[0], file.memory[found[0] : found[1]])
+                    found = [claim for _, claim in zip(range(random.randrange(1, 4)), waiting, strict=False)]  # type: ignore[call-overload]
+                    claims = [behind.claim(*one) for one in found]
+                if not claims:
+                    return
+                whole = Claim.of_all(claims)
+                assert whole is not None
+                whole.keep()
 
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
@@ -109,24 +110,52 @@ def test_many_readers(file: MappedFile) -> None:
         assert finish(behind) == expected(file)
 
 
+def test_claims_wait_for_their_turn(file: MappedFile) -> None:
+    """A range is digested only once the one before it is, which may take its time."""
+    behind = DigestBehind(file, [(0, file.nbytes)])
+    first, second = behind.claim(0, 1000), behind.claim(1000, CHUNK)
+    thread = threading.Thread(target=second.keep)
+    thread.start()
+    thread.join(0.1)
+    assert thread.is_alive()
+    assert behind._chunks[0].state.at == 0
+    first.keep()
+    thread.join(60)
+    assert finish(behind) == expected(file)
+
+
+def test_several_claims_as_one(file: MappedFile) -> None:
+    """What stands side by side is one range, chunk by chunk, and covers what each did."""
+    behind = DigestBehind(file, [(0, file.nbytes)])
+    claim = Claim.of_all([behind.claim(0, 1000), behind.claim(1000, CHUNK + 5), behind.claim(CHUNK + 5, CHUNK + 9)])
+    assert claim is not None
+    assert [part[1:] for part in claim._parts] == [(0, CHUNK), (CHUNK, CHUNK + 9)]
+    assert claim.covers(500, 2000)
+    assert not claim.covers(CHUNK + 5, CHUNK + 10)
+    assert Claim.of_all([]) is None
+
+
 def test_ranges_that_are_read_again(file: MappedFile) -> None:
     """A tensor that does not fit its plan is read once more, in other tiles: nothing is digested twice."""
     behind = DigestBehind(file, [(0, file.nbytes)])
     for start, stop in [(0, 300_000), (300_000, 400_000), (0, 250_000), (250_000, 600_000), (100, 200), (600_000, file.nbytes)]:
-        feed(behind, file, start, stop)
+        feed(behind, start, stop)
     assert finish(behind) == expected(file)
 
 
-def test_a_reader_that_fails(file: MappedFile) -> None:
-    """Nobody waits for a range that could not be read; it is asked for again at the end, and fails there."""
+def test_a_claim_that_is_given_up(file: MappedFile) -> None:
+    """Nobody waits for a range that will not come; the digest cannot be had then."""
     behind = DigestBehind(file, [(0, file.nbytes)])
-    behind.begin(0, 1000)
-    behind.give_up(0, 1000)
-    feed(behind, file, 1000, CHUNK)
-    assert behind.open
+    claim = behind.claim(0, 1000)
+    thread = threading.Thread(target=behind.claim(1000, CHUNK).keep)
+    thread.start()
+    claim.stop()
+    thread.join(60)
+    assert not thread.is_alive()
+    while behind.idle:
+        behind.finish_one()
     with pytest.raises(ValueError, match="not complete"):
         behind.result()
-    assert finish(behind) == expected(file)
 
 
 def test_a_file_that_became_shorter(file: MappedFile) -> None:
@@ -135,5 +164,7 @@ def test_a_file_that_became_shorter(file: MappedFile) -> None:
     with file.path.open("r+b") as opened:
         opened.truncate(CHUNK + 5000)
     if sys.platform == "linux":
-        with pytest.raises(SourceError, match="shorter"):
+        with pytest.raises(SourceError, match="shorter") as caught:
             finish(behind)
+        assert caught.value.offset is not None
+        assert CHUNK <= caught.value.offset < 2 * CHUNK

@@ -229,7 +229,9 @@ def test_shards_resume(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "rename", "fsync", "open"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
-def test_refusing_disk(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
+def test_refusing_disk(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pwrite: Any, call: str, code: int
+) -> None:
     """A disk that refuses costs one warning and the saving, never the load; nothing is left behind."""
     _, right = load_all(model_path, tmp_path / "warm")
     qc.Cache(tmp_path / "c").close()
@@ -240,7 +242,7 @@ def test_refusing_disk(model_path: Path, tmp_path: Path, monkeypatch: pytest.Mon
             return real(*arguments, **named)
         raise OSError(code, os.strerror(code))
 
-    with monkeypatch.context() as patch:
+    with pwrite(refuse if call == "pwrite" else os.pwrite), monkeypatch.context() as patch:
         patch.setattr(os, call, refuse)
         with pytest.warns(qc.QuantcacheWarning, match="not saved") as caught:
             hit, got = load_all(model_path, tmp_path / "c")
@@ -251,7 +253,7 @@ def test_refusing_disk(model_path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert load_all(model_path, tmp_path / "c") == (False, right)
 
 
-def test_full_disk_halfway(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_halfway(model_path: Path, tmp_path: Path, pwrite: Any) -> None:
     """A disk that fills up in the middle leaves the tensors before and after it right."""
     _, right = load_all(model_path, tmp_path / "warm")
     real, calls = os.pwrite, []
@@ -262,8 +264,7 @@ def test_full_disk_halfway(model_path: Path, tmp_path: Path, monkeypatch: pytest
             raise OSError(errno.ENOSPC, "full")
         return real(*arguments)
 
-    monkeypatch.setattr(os, "pwrite", refuse)
-    with pytest.warns(qc.QuantcacheWarning, match="not saved"):
+    with pwrite(refuse), pytest.warns(qc.QuantcacheWarning, match="not saved"):
         assert load_all(model_path, tmp_path / "c") == (False, right)
 
 
@@ -392,14 +393,14 @@ def test_disk_fills_up_between_the_tiles_of_one_tensor(
     from quantcache.cache.blobs import StagedEntry
     from quantcache.errors import CacheError
 
-    real = StagedEntry.write
+    real = StagedEntry.place
 
-    def refuse(self: StagedEntry, key: str, position: int, buffer: Any, found: bytes = b"") -> None:
+    def refuse(self: StagedEntry, key: str, position: int) -> tuple[int, int]:
         if key.startswith("blocks.2"):
             raise CacheError("full")
-        real(self, key, position, buffer, found)
+        return real(self, key, position)
 
-    monkeypatch.setattr(StagedEntry, "write", refuse)
+    monkeypatch.setattr(StagedEntry, "place", refuse)
     for name in content:  # whichever is asked for first, in whatever state the others are
         with pytest.warns(qc.QuantcacheWarning, match="not saved"), qc.load(
             path, quant="int8", cache=tmp_path / "c"

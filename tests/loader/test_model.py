@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import quantcache as qc
 from quantcache.cache.blobs import StagedEntry
-from quantcache.loader.pipeline import Pipeline
+from quantcache.loader import build
 from quantcache.quant.codec import quantize
 
 RNG = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def two(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("quant", ["nf4", "nf4-dq", "int8", "int8-row", "f16"])
 def test_disk_fills_up_between_two_tiles(
-    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str
+    two: Path, tmp_path: Path, pwrite: Any, quant: str
 ) -> None:
     """A tensor that is half written when the store fails is whole in memory: no tile is lost."""
     real, calls = os.pwrite, []
@@ -76,8 +76,7 @@ def test_disk_fills_up_between_two_tiles(
             raise OSError(errno.ENOSPC, "full")
         return real(*arguments)
 
-    monkeypatch.setattr(os, "pwrite", write)
-    with warnings.catch_warnings(record=True) as caught:
+    with pwrite(write), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = qc.load(two, quant, cache=tmp_path / "c", threads=1)
         assert started.wait(60)
@@ -104,24 +103,23 @@ def test_store_fails_while_a_tensor_is_settled(
 ) -> None:
     """A tensor whose last tile is in, but which is not done yet, keeps its bytes when the store fails meanwhile."""
     settling, failed = threading.Event(), threading.Event()
-    settle, write = Pipeline._settle, StagedEntry.write
+    whole, place = build.whole_pieces, StagedEntry.place
 
-    def slow_settle(self: Pipeline, task: Any) -> None:
-        if "large" in task.job.info.name and not settling.is_set():
+    def slow_whole(job: Any) -> Any:
+        if "large" in job.info.name and not settling.is_set():
             settling.set()
             failed.wait(0.3)  # one thread writes a file: it cannot fail meanwhile, unless that changes
-        settle(self, task)
-        if "small" in task.job.info.name:
-            failed.set()
+        return whole(job)
 
-    def refuse(self: StagedEntry, key: str, position: int, buffer: Any, found: bytes = b"") -> None:
+    def refuse(self: StagedEntry, key: str, position: int) -> tuple[int, int]:
         if "small" in key:
             settling.wait(0.3)
+            failed.set()
             raise qc.CacheError("no")
-        write(self, key, position, buffer, found)
+        return place(self, key, position)
 
-    monkeypatch.setattr(Pipeline, "_settle", slow_settle)
-    monkeypatch.setattr(StagedEntry, "write", refuse)
+    monkeypatch.setattr(build, "whole_pieces", slow_whole)
+    monkeypatch.setattr(StagedEntry, "place", refuse)
     with pytest.warns(qc.QuantcacheWarning, match="not saved") as caught, qc.load(
         two, quant, cache=tmp_path / "c", threads=2
     ) as model:
@@ -241,7 +239,7 @@ def test_odd_tensors_asked_for_late(tmp_path: Path) -> None:
     model.close()
 
 
-def test_source_appended_before_close(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_appended_before_close(two: Path, tmp_path: Path, pwrite: Any) -> None:
     """A source that grows while it is quantized is not stored, and said to have changed."""
     real, go = os.pwrite, threading.Event()
 
@@ -249,8 +247,7 @@ def test_source_appended_before_close(two: Path, tmp_path: Path, monkeypatch: py
         assert go.wait(60)
         return real(*arguments)
 
-    monkeypatch.setattr(os, "pwrite", write)
-    with pytest.warns(qc.QuantcacheWarning, match="changed while it was read"):
+    with pwrite(write), pytest.warns(qc.QuantcacheWarning, match="changed while it was read"):
         model = qc.load(two, cache=tmp_path / "c")
         with two.open("ab") as file:
             file.write(b"more")

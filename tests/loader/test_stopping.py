@@ -56,7 +56,7 @@ def test_ctrl_c_while_the_lock_is_taken_back(model_path: Path, tmp_path: Path) -
         "from quantcache.loader import pipeline\n"
         "gone = threading.Event()\n"
         "def tile(self, *given): gone.wait(60)\n"
-        "pipeline.Pipeline._tile = tile\n"
+        "pipeline.Pipeline._quantize = tile\n"
         "def interrupt():\n"
         "    time.sleep(0.3)\n"
         "    with model._pipelines[0]._lock:\n"  # the caller wakes up every fifth of a second, and waits for it
@@ -146,13 +146,13 @@ def test_interrupted_between_staging_and_building(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C while a build is set up leaves no temp file, and no lock that the next load would wait for."""
-    from quantcache.loader import pipeline
+    from quantcache.loader import build
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "DigestBehind", interrupted)
+        patch.setattr(build, "DigestBehind", interrupted)
         with pytest.raises(KeyboardInterrupt):
             qc.load(model_path, cache=tmp_path / "c")
     assert left(tmp_path / "c") == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import xxhash
 
 from quantcache.quant import native
-from quantcache.quant.digest import digests
+from quantcache.quant.digest import Stream, digests
 
 COMPILED = [level for level in native.available() if level != "reference"] or ["scalar"]
 #: around the shortest that the kernel takes, stripes of 64 bytes, blocks of 1,024
@@ -45,3 +46,19 @@ def test_short_pieces_are_refused() -> None:
     data, found = np.zeros(1000, np.uint8), np.empty(64, np.uint8)
     for piece in (240, 990):
         assert native.kernel("digest_pieces", COMPILED[-1])(data, data.size, piece, found) == 8
+
+
+@pytest.mark.parametrize("level", COMPILED)
+def test_stream(kernel_level: Callable[[str], None], level: str) -> None:
+    """Bytes that come in pieces of any length have the digest of the whole, also the few that have other rules."""
+    kernel_level(level)
+    rng = random.Random()
+    for length in [*LENGTHS, 0, 1, 240, *(rng.randrange(200_000) for _ in range(20))]:
+        data, stream, calls, place = np.frombuffer(os.urandom(length), np.uint8), Stream(77), native.Calls(), 0
+        while place < length:
+            nbytes = min(length - place, rng.choice([1, 63, 64, 960, 1023, 1024, 1025, rng.randrange(1, 50_000)]))
+            stream.add_in_turn(calls, native.address(data) + place, nbytes, 77 + place)
+            place += nbytes
+        assert calls.run() == len(calls)
+        assert stream.at == 77 + length
+        assert stream.digest() == xxhash.xxh3_128_digest(data.data)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from quantcache.errors import CodecError, KernelError, UsageError
+from quantcache.loader.mapping import MappedFile
 from quantcache.quant import native
-from quantcache.quant.codec import codec_ids
+from quantcache.quant.codec import Status, codec_ids
+from quantcache.trace import Profile, working_for
 
 Switch = Callable[[str], None]
 
@@ -22,7 +27,7 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise KernelError("the compiled kernels are not here", hint="build them")
 
     monkeypatch.setattr(native, "_library", missing)
-    caches = (native.available, native.level, native.kernel)
+    caches = (native.available, native.level, native.kernel, native.system, native._runner)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -115,3 +120,40 @@ def test_contiguous_copies_only_where_needed() -> None:
     copied = native.contiguous(odd)
     assert copied.flags.aligned
     np.testing.assert_array_equal(copied, array)
+
+
+def test_calls_stop_at_the_first_that_fails() -> None:
+    """Calls after one that fails are made when they are asked for, and no call is made twice."""
+    (level,) = [found for found in native.available() if found != "reference"][-1:]
+    kernel, calls = native.kernel("f16_cast", level), native.Calls()
+    good, bad = np.ones(64, np.float32), np.full(64, 1e9, np.float32)
+    made = [np.zeros(64, np.float16) for _ in range(4)]
+    for source, out in zip((good, bad, good, good), made, strict=True):
+        calls.add(kernel, source, 64, 0, out, phase="quantize", nbytes=256)
+    profile = Profile()
+    with working_for(profile):
+        assert calls.run() == 1
+        assert calls.result(1) == ("quantize", int(Status.F16_RANGE))
+        assert [bool(out.all()) for out in made[2:]] == [False, False]
+        assert calls.run(2) == len(calls) == 4
+    assert all((out == 1).all() for out in (made[0], made[2], made[3]))
+    assert profile.nbytes == {"quantize": 4 * 256}
+    assert calls.run(4) == 4
+    assert native.Calls().run() == 0
+
+
+def test_calls_of_the_system(tmp_path: Path) -> None:
+    """Bytes are written where they belong, and why they cannot be is told; pages that are not there are, too."""
+    data, calls = np.arange(100, dtype=np.uint8), native.Calls()
+    path = tmp_path / "f"
+    with path.open("w+b") as file:
+        calls.add(native.system("write"), file.fileno(), data, 100, 1000, phase="write", nbytes=100)
+        assert calls.run() == 1
+    assert path.read_bytes() == bytes(1000) + data.tobytes()
+    with path.open("rb") as file:
+        assert native.system("write")(file.fileno(), data, 100, 0) == errno.EBADF
+    if sys.platform == "linux":
+        mapped = MappedFile(path)
+        with path.open("r+b") as file:
+            file.truncate(0)
+        assert native.system("populate")(mapped.address, mapped.nbytes) == errno.EFAULT

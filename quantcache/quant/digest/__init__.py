@@ -1,4 +1,4 @@
-"""XXH3-128 of a run of pieces in one call: no Python, and no GIL, between them.
+"""XXH3-128 without Python between pieces: of a run of pieces in one call, and of what threads bring in turn.
 
 The xxhash package takes one piece at a time, and threads that check a few hundred kilobytes a call spend their time waiting
 for each other's GIL: docs/decisions/0010-hits.md. What is computed is xxhash's; the tests compare the two.
@@ -12,9 +12,12 @@ import numpy as np
 import xxhash
 
 from quantcache.quant import native
+from quantcache.quant.native import Calls
 
-__all__ = ["digests"]
+__all__ = ["NBYTES", "Stream", "add_digest", "digests"]
 
+#: of one digest
+NBYTES = 16
 #: Shorter input has other rules, which xxhash knows.
 _SHORT = 240
 
@@ -30,9 +33,72 @@ def digests(data: Any, piece: int) -> list[bytes]:
         16 bytes a piece.
     """
     count, rest = -(-len(data) // piece), len(data) % piece
-    if piece <= _SHORT or 0 < rest <= _SHORT or native.level() in ("reference", "scalar"):
+    if piece <= _SHORT or 0 < rest <= _SHORT or native.level() == "reference":
         return [xxhash.xxh3_128_digest(data[start : start + piece]) for start in range(0, len(data), piece)]
-    found = np.empty(16 * count, np.uint8)
+    found = np.empty(NBYTES * count, np.uint8)
     native.kernel("digest_pieces")(np.frombuffer(data, np.uint8), len(data), piece, found)
     whole = found.tobytes()
-    return [whole[start : start + 16] for start in range(0, len(whole), 16)]
+    return [whole[start : start + NBYTES] for start in range(0, len(whole), NBYTES)]
+
+
+def add_digest(calls: Calls, address: int, nbytes: int, out: int) -> bool:
+    """Have the digest of bytes taken.
+
+    Args:
+        calls: what it is added to.
+        address: of the bytes.
+        nbytes: how many.
+        out: address of 16 bytes; written.
+
+    Returns:
+        Whether it was added: xxhash is for what is short.
+    """
+    if nbytes <= _SHORT:
+        return False
+    calls.add(native.kernel("digest_pieces"), address, nbytes, nbytes, out, phase="digest", nbytes=nbytes)
+    return True
+
+
+class Stream:
+    """Take the digest of a range of bytes that several threads bring in pieces.
+
+    Args:
+        start: place of the first byte.
+    """
+
+    #: as kernel.c has it: place, stopped, count, eight sums, a stripe and a block of bytes
+    WORDS, _LAST = 3 + 8 + (64 + 1024) // 8, 8 * (3 + 8) + 64
+
+    def __init__(self, start: int) -> None:
+        self._words = np.zeros(self.WORDS, np.uint64)
+        self._words[0] = start
+        self._address = native.address(self._words)
+
+    @property
+    def at(self) -> int:
+        """Place of the byte that comes next."""
+        return int(self._words[0])
+
+    def add_in_turn(self, calls: Calls, address: int, nbytes: int, place: int) -> None:
+        """Have bytes added, by a call that waits until everything before them is.
+
+        Args:
+            calls: what it is added to.
+            address: of the bytes.
+            nbytes: how many.
+            place: of the first.
+        """
+        calls.add(native.kernel("digest_in_turn"), self._address, address, nbytes, place, phase="digest", nbytes=nbytes)
+
+    def stop(self) -> None:
+        """Let nobody wait any more: what comes next will never come."""
+        self._words[1] = 1
+
+    def digest(self) -> bytes:
+        """Return the digest of all that was added: 16 bytes."""
+        count = int(self._words[2])
+        if count <= _SHORT:
+            return xxhash.xxh3_128_digest(self._words.view(np.uint8)[self._LAST : self._LAST + count].tobytes())
+        out = np.empty(NBYTES, np.uint8)
+        native.kernel("digest_of_stream")(self._words, out)
+        return out.tobytes()

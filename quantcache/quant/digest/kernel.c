@@ -1,13 +1,22 @@
-/* XXH3-128 of consecutive pieces, seed 0, the default secret: what xxhash computes, for whole runs of pieces in one call.
+/* XXH3-128, seed 0, the default secret: what xxhash computes, for whole runs of pieces in one call, and of what several threads
+ * bring in pieces, in turn.
  *
  * Source: the specification of XXH3 in xxHash's doc/xxhash_spec.md; checked against the xxhash package. */
+#if !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
 #include "../kernel.h"
+#if !defined(_WIN32)
+#include <sched.h>
+#include <time.h>
+#endif
 
 #define LANES 8
 #define AHEAD 1024 /* bytes that are asked of memory before they are needed */
 #define STRIPE 64
 #define SECRET 192
 #define STRIPES ((SECRET - STRIPE) / 8) /* of a block: each uses the secret from 8 bytes further on */
+#define BLOCK ((uint64_t)STRIPE * STRIPES)
 
 static const uint64_t P32_1 = 0x9E3779B1u, P32_2 = 0x85EBCA77u, P32_3 = 0xC2B2AE3Du;
 static const uint64_t P64_1 = 0x9E3779B185EBCA87u, P64_2 = 0xC2B2AE3D27D4EB4Fu, P64_3 = 0x165667B19E3779F9u;
@@ -54,6 +63,15 @@ QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
     const qd k = veorq_u64(data, secret);
     return vmlal_u32(vaddq_u64(sum, vextq_u64(data, data, 1)), vmovn_u64(k), vshrn_n_u64(k, 32));
 }
+#elif defined(__SSE2__)
+#define W 2
+typedef __m128i qd;
+QC_INLINE qd qd_load(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+QC_INLINE void qd_store(void *p, qd a) { _mm_storeu_si128((__m128i *)p, a); }
+QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
+    const qd k = _mm_xor_si128(data, secret), product = _mm_mul_epu32(k, _mm_srli_epi64(k, 32));
+    return _mm_add_epi64(sum, _mm_add_epi64(product, _mm_shuffle_epi32(data, 0x4e)));
+}
 #else
 #define W 2
 typedef struct {
@@ -82,7 +100,7 @@ QC_INLINE void accumulate(qd *acc, const uint8_t *data, const uint8_t *secret) {
 static void blocks_of(uint64_t *sums, const uint8_t *data, uint64_t blocks) {
     const uint8_t *secret = (const uint8_t *)SECRET_WORDS;
     qd acc[LANES / W];
-    for (uint64_t b = 0; b < blocks; b++, data += STRIPE * STRIPES) {
+    for (uint64_t b = 0; b < blocks; b++, data += BLOCK) {
         for (int i = 0; i < LANES / W; i++) acc[i] = qd_load(sums + W * i);
         for (int s = 0; s < STRIPES; s++) {
             QC_PREFETCH_READ(data + s * STRIPE + AHEAD);
@@ -112,19 +130,30 @@ static void put64(uint8_t *out, uint64_t v) {
     for (int i = 0; i < 8; i++) out[i] = (uint8_t)(v >> (56 - 8 * i));
 }
 
-/* n > 240 */
-static void xxh3_128(const uint8_t *data, uint64_t n, uint8_t *out) {
+QC_INLINE void start(uint64_t *sums) {
+    const uint64_t seeds[LANES] = {P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1};
+    memcpy(sums, seeds, sizeof seeds);
+}
+
+/* Adds what stands behind the last whole block, `rest` > 0 bytes with at least a stripe before their end; n bytes in all. */
+static void finish(uint64_t *sums, const uint8_t *last, uint64_t rest, uint64_t n, uint8_t *out) {
     const uint8_t *secret = (const uint8_t *)SECRET_WORDS;
-    uint64_t sums[LANES] = {P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1};
-    const uint64_t block = STRIPE * STRIPES, blocks = (n - 1) / block, rest = (n - 1 - blocks * block) / STRIPE;
-    blocks_of(sums, data, blocks);
     qd acc[LANES / W];
     for (int i = 0; i < LANES / W; i++) acc[i] = qd_load(sums + W * i);
-    for (uint64_t s = 0; s < rest; s++) accumulate(acc, data + blocks * block + s * STRIPE, secret + 8 * s);
-    accumulate(acc, data + n - STRIPE, secret + SECRET - STRIPE - 7);
+    for (uint64_t s = 0; s < (rest - 1) / STRIPE; s++) accumulate(acc, last + s * STRIPE, secret + 8 * s);
+    accumulate(acc, last + rest - STRIPE, secret + SECRET - STRIPE - 7);
     for (int i = 0; i < LANES / W; i++) qd_store(sums + W * i, acc[i]);
     put64(out, merged(sums, secret + SECRET - STRIPE - 11, ~(n * P64_2)));
     put64(out + 8, merged(sums, secret + 11, n * P64_1));
+}
+
+/* n > 240 */
+static void xxh3_128(const uint8_t *data, uint64_t n, uint8_t *out) {
+    uint64_t sums[LANES];
+    const uint64_t blocks = (n - 1) / BLOCK;
+    start(sums);
+    blocks_of(sums, data, blocks);
+    finish(sums, data + blocks * BLOCK, n - blocks * BLOCK, n, out);
 }
 
 /* Digests of the pieces of n bytes at data, each of `piece` bytes but for the last; all longer than 240 bytes.
@@ -132,5 +161,92 @@ static void xxh3_128(const uint8_t *data, uint64_t n, uint8_t *out) {
 QC_EXPORT(qc_digest_pieces)(const uint8_t *data, uint64_t n, uint64_t piece, uint8_t *out) {
     if (piece <= 240 || (n % piece && n % piece <= 240)) return QC_BAD_CALL;
     for (uint64_t start = 0; start < n; start += piece, out += 16) xxh3_128(data + start, n - start < piece ? n - start : piece, out);
+    return QC_OK;
+}
+
+/* A digest whose bytes come in pieces. The last block is kept until more follows; before it, the stripe that a short one needs. */
+typedef struct {
+    uint64_t at;      /* place of the byte that comes next; seen by other threads */
+    uint64_t stopped; /* nobody need wait any more; written by other threads */
+    uint64_t n;       /* added so far */
+    uint64_t sums[LANES];
+    uint8_t before[STRIPE], last[STRIPE * STRIPES];
+} stream_t;
+
+static void add(stream_t *s, const uint8_t *data, uint64_t n) {
+    if (!n) return;
+    if (!s->n) start(s->sums);
+    const uint64_t held = s->n ? (s->n - 1) % BLOCK + 1 : 0;
+    s->n += n;
+    if (held + n <= BLOCK) {
+        memcpy(s->last + held, data, n);
+        return;
+    }
+    if (held) {
+        memcpy(s->last + held, data, BLOCK - held);
+        blocks_of(s->sums, s->last, 1);
+        memcpy(s->before, s->last + BLOCK - STRIPE, STRIPE);
+        data += BLOCK - held, n -= BLOCK - held;
+    }
+    const uint64_t blocks = (n - 1) / BLOCK;
+    if (blocks) {
+        blocks_of(s->sums, data, blocks);
+        data += blocks * BLOCK, n -= blocks * BLOCK;
+        memcpy(s->before, data - STRIPE, STRIPE);
+    }
+    memcpy(s->last, data, n);
+}
+
+QC_INLINE uint64_t seen(const uint64_t *word) {
+#if defined(__GNUC__)
+    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+#else
+    return *(const volatile uint64_t *)word;
+#endif
+}
+
+QC_INLINE void show(uint64_t *word, uint64_t value) {
+#if defined(__GNUC__)
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+#else
+    *(volatile uint64_t *)word = value;
+#endif
+}
+
+/* Tiles are digested in a twentieth of a millisecond, so a look costs less than to be woken; a disk takes longer. */
+static void wait_a_little(uint64_t turn) {
+#if !defined(_WIN32)
+    if (turn < 200) {
+        sched_yield();
+    } else {
+        const struct timespec nap = {0, turn < 1000 ? 20000 : 500000};
+        nanosleep(&nap, NULL);
+    }
+#else
+    (void)turn;
+#endif
+}
+
+/* Adds n bytes that stand at `place`, once everything before them was added, by whichever thread; nothing if that was stopped. */
+QC_EXPORT(qc_digest_in_turn)(stream_t *s, const uint8_t *data, uint64_t n, uint64_t place) {
+    for (uint64_t turn = 0; seen(&s->at) != place; turn++) {
+        if (seen(&s->stopped)) return QC_OK;
+        wait_a_little(turn);
+    }
+    add(s, data, n);
+    show(&s->at, place + n);
+    return QC_OK;
+}
+
+/* out: 16 bytes, the digest of what was added, which is more than 240 bytes. */
+QC_EXPORT(qc_digest_of_stream)(const stream_t *s, uint8_t *out) {
+    if (s->n <= 240) return QC_BAD_CALL;
+    const uint64_t held = (s->n - 1) % BLOCK + 1;
+    uint64_t sums[LANES];
+    uint8_t last[STRIPE + STRIPE * STRIPES];
+    memcpy(sums, s->sums, sizeof sums);
+    memcpy(last, s->before, STRIPE);
+    memcpy(last + STRIPE, s->last, held);
+    finish(sums, last + STRIPE, held, s->n, out);
     return QC_OK;
 }

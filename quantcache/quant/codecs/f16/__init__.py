@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.quant import native
-from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
+from quantcache.quant.codec import Call, Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.f16 import reference
 from quantcache.quant.floats import from_f32, to_f32
 from quantcache.quant.wgsl import WeightShader, read
@@ -24,17 +24,18 @@ class F16Encoder(Encoder):
         self._dtype = source_dtype
         self.parts = (Part("values", name, "F16", shape, 1),)
 
-    def encode(self, tile: Array, start: int, scratch: Scratch) -> tuple[Status, dict[str, Array]]:
-        """Cast one tile."""
+    def prepare(self, tile: Array, scratch: Scratch) -> tuple[Call | None, dict[str, Array]]:
+        """Cast; float16 passes through."""
+        if self._dtype == "F16":
+            return None, {"values": tile}
+        half = scratch.array("values", np.float16, tile.size)
+        return ("f16_cast", native.contiguous(tile), tile.size, native.ELEMENT[self._dtype], half), {"values": half}
+
+    def reference(self, tile: Array) -> tuple[Status, dict[str, Array]]:
+        """Cast; float16 passes through."""
         if self._dtype == "F16":
             return Status.OK, {"values": tile}
-        if native.level() == "reference":
-            status, half = reference.cast(to_f32(tile, self._dtype))
-        else:
-            half = scratch.array("values", np.float16, tile.size)
-            status = Status(
-                native.kernel("f16_cast")(native.contiguous(tile), tile.size, native.ELEMENT[self._dtype], half)
-            )
+        status, half = reference.cast(to_f32(tile, self._dtype))
         return status, {"values": half}
 
 

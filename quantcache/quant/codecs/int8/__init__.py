@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.quant import native
-from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
+from quantcache.quant.codec import Call, Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.int8 import reference
 from quantcache.quant.floats import from_f32, to_f32
 from quantcache.quant.wgsl import EncodeShader, WeightShader, read
@@ -35,21 +35,19 @@ class Int8Encoder(Encoder):
             Part("biases", f"{base}.biases", scale_dtype, groups, reference.GROUP),
         )
 
-    def encode(self, tile: Array, start: int, scratch: Scratch) -> tuple[Status, dict[str, Array]]:
-        """Quantize one tile of whole groups."""
-        if native.level() == "reference":
-            status, codes, scales, biases = reference.quantize(to_f32(tile, self._dtype), scales_f16=self._scales_f16)
-        else:
-            stored = np.float16 if self._scales_f16 else np.float32
-            codes = scratch.array("codes", np.uint8, tile.size)
-            scales = scratch.array("scales", stored, tile.size // reference.GROUP)
-            biases = scratch.array("biases", stored, tile.size // reference.GROUP)
-            status = Status(
-                native.kernel("int8_quantize")(
-                    native.contiguous(tile), tile.size, native.ELEMENT[self._dtype], int(self._scales_f16),
-                    codes, scales, biases,
-                )
-            )  # fmt: skip
+    def prepare(self, tile: Array, scratch: Scratch) -> tuple[Call, dict[str, Array]]:
+        """Quantize whole groups."""
+        stored = np.float16 if self._scales_f16 else np.float32
+        codes = scratch.array("codes", np.uint8, tile.size)
+        scales = scratch.array("scales", stored, tile.size // reference.GROUP)
+        biases = scratch.array("biases", stored, tile.size // reference.GROUP)
+        element, given = native.ELEMENT[self._dtype], native.contiguous(tile)
+        call = ("int8_quantize", given, tile.size, element, int(self._scales_f16), codes, scales, biases)
+        return call, {"codes": codes, "scales": scales, "biases": biases}
+
+    def reference(self, tile: Array) -> tuple[Status, dict[str, Array]]:
+        """Quantize whole groups."""
+        status, codes, scales, biases = reference.quantize(to_f32(tile, self._dtype), scales_f16=self._scales_f16)
         return status, {"codes": codes, "scales": scales, "biases": biases}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.quant import native
-from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
+from quantcache.quant.codec import Call, Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.int8_row import reference
 from quantcache.quant.floats import from_f32, to_f32
 from quantcache.quant.wgsl import EncodeShader, WeightShader, read
@@ -36,19 +36,17 @@ class Int8RowEncoder(Encoder):
             Part("weight_format", f"{base}.weight_format", "U8", (), 0),
         )
 
-    def encode(self, tile: Array, start: int, scratch: Scratch) -> tuple[Status, dict[str, Array]]:
-        """Quantize one tile of whole rows."""
+    def prepare(self, tile: Array, scratch: Scratch) -> tuple[Call, dict[str, Array]]:
+        """Quantize whole rows."""
         rows = tile.size // self._columns
-        if native.level() == "reference":
-            status, codes, scales = reference.quantize(to_f32(tile, self._dtype).reshape(rows, self._columns))
-        else:
-            codes = scratch.array("codes", np.int8, tile.size)
-            scales = scratch.array("scales", np.float32, rows)
-            status = Status(
-                native.kernel("int8_row_quantize")(
-                    native.contiguous(tile), rows, self._columns, native.ELEMENT[self._dtype], codes, scales
-                )
-            )
+        codes = scratch.array("codes", np.int8, tile.size)
+        scales = scratch.array("scales", np.float32, rows)
+        call = ("int8_row_quantize", native.contiguous(tile), rows, self._columns, native.ELEMENT[self._dtype], codes, scales)
+        return call, {"codes": codes, "scales": scales}
+
+    def reference(self, tile: Array) -> tuple[Status, dict[str, Array]]:
+        """Quantize whole rows."""
+        status, codes, scales = reference.quantize(to_f32(tile, self._dtype).reshape(-1, self._columns))
         return status, {"codes": codes.reshape(-1), "scales": scales}
 
     def finish(self) -> dict[str, Array]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.quant import native
-from quantcache.quant.codec import Codec, Encoder, Part, Scratch, Status, register
+from quantcache.quant.codec import Call, Codec, Encoder, Part, Scratch, Status, register
 from quantcache.quant.codecs.nf4 import reference
 from quantcache.quant.floats import from_f32, to_f32
 from quantcache.quant.wgsl import Dots, EncodeShader, WeightShader, read
@@ -34,6 +34,7 @@ TABLE = np.array(
     np.float32,
 )  # fmt: skip
 MIDDLES = (TABLE[:-1] + TABLE[1:]) / np.float32(2)
+_MIDDLES = native.Pinned(MIDDLES)
 
 
 #: The 256 values for absmax, and the 255 halfway between them. Made on import: later, somebody may have changed
@@ -85,21 +86,17 @@ class Nf4Encoder(Encoder):
             absmax = Part("absmax", f"{name}.absmax", "F32", (blocks,), reference.BLOCK)
             self.parts = (codes, absmax, quant_map, quant_state)
 
-    def encode(self, tile: Array, start: int, scratch: Scratch) -> tuple[Status, dict[str, Array]]:
-        """Quantize one tile of whole blocks."""
-        if native.level() == "reference":
-            status, codes, absmax = reference.quantize(to_f32(tile, self._dtype), MIDDLES)
-        else:
-            codes = scratch.array("codes", np.uint8, (tile.size + 1) // 2)
-            absmax = scratch.array("absmax", np.float32, -(-tile.size // reference.BLOCK))
-            status = Status(
-                native.kernel("nf4_quantize")(
-                    native.contiguous(tile), tile.size, native.ELEMENT[self._dtype], MIDDLES, codes, absmax
-                )
-            )
-        if status != Status.OK or self._absmax is None:
-            return status, {"codes": codes, "absmax": absmax}
-        return status, dict(self.encoded(start, {"codes": codes, "absmax": absmax}))
+    def prepare(self, tile: Array, scratch: Scratch) -> tuple[Call, dict[str, Array]]:
+        """Quantize whole blocks."""
+        codes = scratch.array("codes", np.uint8, (tile.size + 1) // 2)
+        absmax = scratch.array("absmax", np.float32, -(-tile.size // reference.BLOCK))
+        call = ("nf4_quantize", native.contiguous(tile), tile.size, native.ELEMENT[self._dtype], _MIDDLES, codes, absmax)
+        return call, {"codes": codes, "absmax": absmax}
+
+    def reference(self, tile: Array) -> tuple[Status, dict[str, Array]]:
+        """Quantize whole blocks."""
+        status, codes, absmax = reference.quantize(to_f32(tile, self._dtype), MIDDLES)
+        return status, {"codes": codes, "absmax": absmax}
 
     def encoded(self, start: int, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
         """Keep the absmax of a tile, if nested."""

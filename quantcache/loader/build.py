@@ -1,0 +1,203 @@
+"""Own the build of one source file: its tasks, the tiles of each that are under way, and how what comes out gets where it belongs.
+
+That is the staged entry, or memory, for what the store does not take. Knows no threads; what they share is guarded by the
+pipeline's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantcache.cache.blobs import StagedEntry
+from quantcache.cache.container import Slot
+from quantcache.cache.index import EntryRow
+from quantcache.cache.key import Stamp, digest
+from quantcache.cache.store import Cache
+from quantcache.errors import CacheError
+from quantcache.loader.digests import DigestBehind
+from quantcache.loader.plan import Job, Request
+from quantcache.loader.source import Source
+from quantcache.loader.tiles import Piece, Tile, whole_pieces
+from quantcache.quant import native
+from quantcache.quant.codec import Arena, Status
+from quantcache.quant.native import Calls
+from quantcache.trace import span
+
+__all__ = ["Batch", "Build", "Memory", "Task", "complete", "refusal", "wholes"]
+
+Array = NDArray[Any]
+
+
+class Memory:
+    """Take the tensors that the store does not."""
+
+    #: tensors have no place beside each other
+    offsets: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Array] = {}
+
+    def add(self, slots: Sequence[Slot]) -> None:
+        """Make room."""
+        for slot in slots:
+            self._arrays[slot.key] = np.empty(slot.nbytes, np.uint8)
+
+    def write(self, key: str, position: int, buffer: Array) -> None:
+        """Copy bytes of a tensor."""
+        self._arrays[key][position : position + buffer.size] = buffer
+
+    def view(self, key: str) -> memoryview:
+        """Return a tensor's bytes."""
+        return self._arrays[key].data.toreadonly()
+
+
+class Task:
+    """Hold a job under way. All fields but `job` are guarded by the pipeline's lock.
+
+    Args:
+        build: of which it is a part.
+        job: what is to be done.
+        target: where it goes.
+    """
+
+    __slots__ = ("active", "build", "counted", "done", "job", "refused", "target", "waiting")
+
+    def __init__(self, build: Build, job: Job, target: StagedEntry | Memory) -> None:
+        self.build, self.job, self.target = build, job, target
+        self.active = 0  # tiles
+        self.done = False
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Have all tiles done, from the first on."""
+        self.waiting = list(reversed(self.job.tiles))  # taken from the end
+        self.counted = 0  # bytes of the source that progress has
+        self.refused: Status | CacheError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Hold tiles of one build that a thread quantizes together, and the buffers that what comes out lies in."""
+
+    tiles: list[tuple[Task, Tile]]
+    outputs: Arena
+
+
+@dataclass
+class Build:
+    """Hold the build of one source file.
+
+    Args:
+        source, request, jobs: what to do.
+        cache, staged: where it goes; None for memory.
+        digest: of the source, if it is known already.
+        release: gives the lock of the build back.
+        fingerprint, stamp, seen_ns: of the source.
+    """
+
+    source: Source
+    request: Request
+    jobs: list[Job]
+    cache: Cache | None
+    staged: StagedEntry | None
+    digest: str | None
+    release: Callable[[], None] | None
+    stamp: Stamp
+    seen_ns: int
+    tasks: dict[str, Task] = field(default_factory=dict)
+    row: EntryRow | None = None
+    published: bool = False
+    unsaved: CacheError | None = None
+
+    def __post_init__(self) -> None:
+        """Prepare the tasks."""
+        self.memory = Memory()
+        self.started_s = time.monotonic()
+        self.left = len(self.jobs)
+        self.behind: DigestBehind | None = None
+        if self.staged is not None and self.digest is None and native.level() != "reference":
+            extents = [(job.info.offset, job.info.offset + job.info.nbytes) for job in self.jobs]
+            self.behind = DigestBehind(self.source.file, extents)
+        self.outbox: list[Batch] = []
+        self.writing = False
+        for job in self.jobs:
+            if self.staged is None:
+                self.memory.add(job.slots)
+            self.tasks[job.info.name] = Task(self, job, self.staged or self.memory)
+        self._dropping = threading.Lock()
+
+    def hide(self) -> None:
+        """Remove the temp file while a thread may still be busy with it."""
+        if self.staged is not None and self.row is None:
+            self.staged.unlink()
+
+    def drop(self) -> None:
+        """Let go of the temp file, unless it was published, and of the lock."""
+        with self._dropping:
+            if self.staged is not None and self.row is None:
+                self.staged.discard()
+            release, self.release = self.release, None
+            if release:
+                with contextlib.suppress(Exception):
+                    release()
+
+
+def complete(tiles: list[tuple[Task, Tile]]) -> list[Task]:
+    """Return the tasks whose last tiles these are; under the lock."""
+    count: dict[Task, int] = {}
+    for task, _ in tiles:
+        count[task] = count.get(task, 0) + 1
+    return [task for task, own in count.items() if task.active == own and (not task.waiting or task.refused is not None)]
+
+
+def wholes(tasks: list[Task]) -> list[tuple[Task, Piece]]:
+    """Return what of tensors is known after their last tile."""
+    return [(task, piece) for task in tasks if task.refused is None for piece in whole_pieces(task.job)]
+
+
+def refusal(pieces: list[tuple[Task, Piece]]) -> CacheError | None:
+    """Bring pieces to where they belong; return why the store refuses them."""
+    try:
+        _write(pieces)
+    except CacheError as error:
+        return error
+    return None
+
+
+def _write(pieces: list[tuple[Task, Piece]]) -> None:
+    """Bring pieces to where they belong, those for a file in one call.
+
+    Raises:
+        CacheError: the store refuses them.
+    """
+    calls = Calls() if native.level() != "reference" else None
+    written: list[tuple[StagedEntry, Piece]] = []
+    for task, piece in pieces:
+        target, nbytes = task.target, piece.buffer.size
+        if isinstance(target, Memory):
+            target.write(piece.key, piece.position, piece.buffer)
+        elif calls is None or not nbytes:
+            with span("write", nbytes, task.job.info.name):
+                target.write(piece.key, piece.position, piece.buffer, piece.digest)
+        else:
+            calls.name = task.job.info.name
+            descriptor, place = target.place(piece.key, piece.position)
+            calls.add(native.system("write"), descriptor, piece.address, nbytes, place, phase="write", nbytes=nbytes)
+            written.append((target, piece))
+    if calls is None or not written:
+        return
+    if (stopped := calls.run()) < len(calls):
+        code = calls.result(stopped)[1]
+        raise written[0][0].refused(OSError(code, os.strerror(code)))
+    for target, piece in written:
+        target.wrote(piece.key, piece.position, piece.digest or digest(piece.buffer))

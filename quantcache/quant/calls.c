@@ -1,0 +1,101 @@
+/* Several calls in one, so that a thread waits for no interpreter between them; and the two calls of the system that stand among
+ * kernels: pages are faulted in before them, and bytes are written after them. */
+#if !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <stdint.h>
+#include <time.h>
+#if !defined(_WIN32)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#if defined(_WIN32)
+#define QC_API __declspec(dllexport)
+#else
+#define QC_API __attribute__((visibility("default")))
+#endif
+/* the types of the arguments are the callee's own: pointers and integers of 64 bits, which are passed alike */
+#if defined(__clang__)
+#define QC_ANY_FUNCTION __attribute__((no_sanitize("function")))
+#else
+#define QC_ANY_FUNCTION
+#endif
+
+/* One call, as quantcache.quant.native.Calls lays it out. */
+typedef struct {
+    uint64_t function, count; /* of arguments, at most 8 */
+    int64_t status, done_ns;  /* written: what it returned, and when, since the first began */
+    uint64_t a[8];
+} call_t;
+
+typedef uint64_t u;
+
+QC_ANY_FUNCTION static int called(const call_t *c) {
+    const uintptr_t f = (uintptr_t)c->function;
+    const u *a = c->a;
+    switch (c->count) {
+    case 2: return ((int (*)(u, u))f)(a[0], a[1]);
+    case 3: return ((int (*)(u, u, u))f)(a[0], a[1], a[2]);
+    case 4: return ((int (*)(u, u, u, u))f)(a[0], a[1], a[2], a[3]);
+    case 5: return ((int (*)(u, u, u, u, u))f)(a[0], a[1], a[2], a[3], a[4]);
+    case 6: return ((int (*)(u, u, u, u, u, u))f)(a[0], a[1], a[2], a[3], a[4], a[5]);
+    case 7: return ((int (*)(u, u, u, u, u, u, u))f)(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
+    case 8: return ((int (*)(u, u, u, u, u, u, u, u))f)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
+    default: return EINVAL;
+    }
+}
+
+static int64_t now_ns(void) {
+#if defined(_WIN32)
+    return 0;
+#else
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+#endif
+}
+
+/* Makes the calls up to the first that does not return 0; returns how many did. */
+QC_API int64_t qc_calls(call_t *calls, uint64_t count) {
+    const int64_t begin = now_ns();
+    for (uint64_t i = 0; i < count; i++) {
+        calls[i].status = called(calls + i);
+        calls[i].done_ns = now_ns() - begin;
+        if (calls[i].status) return (int64_t)i;
+    }
+    return (int64_t)count;
+}
+
+/* Faults mapped pages in. Returns why they cannot be read; 0, too, where the system cannot be asked. */
+QC_API int qc_populate(uint8_t *pages, uint64_t n) {
+#if defined(__linux__)
+    enum { POPULATE_READ = 22 }; /* Linux 5.14, which headers may not know */
+    if (!n || !madvise(pages, n, POPULATE_READ)) return 0;
+    const int code = errno;
+#if defined(EHWPOISON)
+    if (code == EHWPOISON) return code;
+#endif
+    return code == EFAULT || code == EIO ? code : 0;
+#else
+    (void)pages, (void)n;
+    return 0;
+#endif
+}
+
+/* Writes n bytes at a place of a file; a quota or a signal may cut one call short. Returns errno. */
+QC_API int qc_write(uint64_t descriptor, const uint8_t *data, uint64_t n, uint64_t place) {
+#if defined(_WIN32)
+    (void)descriptor, (void)data, (void)n, (void)place;
+    return ENOSYS;
+#else
+    while (n) {
+        const ssize_t done = pwrite((int)descriptor, data, n, (off_t)place);
+        if (done < 0 && errno == EINTR) continue;
+        if (done <= 0) return done ? errno : EIO;
+        data += done, n -= (uint64_t)done, place += (uint64_t)done;
+    }
+    return 0;
+#endif
+}
