@@ -36,14 +36,14 @@ from quantcache.trace import Profile, working_for
 __all__ = ["Cancelled", "Pipeline", "Progress", "default_threads"]
 
 Array = NDArray[Any]
-#: Memory of a worker is about 12 MB, and 4 MB of each tile that waits: at most this many stay within 256 MiB.
+#: Memory of a worker is about 12 MB where it merges, and there is what all have made (_ALL_MADE): at most this many stay within 256 MiB.
 MAX_THREADS = 16
 #: Bytes that the disk is ahead of the workers, and of one request: docs/decisions/0009-pipeline.md.
 _AHEAD = 64 << 20
 _AHEAD_STEP = 4 << 20
-#: Bytes of the source that a thread takes at a time at most, and that all threads do: what Python does between calls it does
-#: once for all of them, and what comes out, rarely more, stays in memory until it is written.
-_TOGETHER, _ALL_TOGETHER = 16 << 20, 64 << 20
+#: What a thread takes at a time at most, in bytes of the source and in tiles: what Python does between calls it does once for all
+#: of them. And the bytes that may come out of what all threads take, and are in memory until they are written.
+_TOGETHER, _TILES_TOGETHER, _ALL_MADE = 16 << 20, 64, 64 << 20
 #: How long a cancelled load waits for its threads: Ctrl-C is to be answered within a second.
 _PATIENCE_S = 0.7
 
@@ -130,8 +130,8 @@ class Pipeline:
             elsewhere = sum(task.job.info.nbytes for task in self._queue if quantizer.tiles(task.job))
             count = min(count, quantizer.threads) if 2 * elsewhere > self._total[0] else count
         spare = count + min(count, 4)
-        self._together = min(_TOGETHER, _ALL_TOGETHER // spare)
-        self._spare = [Arena(min(self._together, self._total[0])) for _ in range(spare)]
+        self._made = _ALL_MADE // spare
+        self._spare = [Arena(min(self._made, self._total[0])) for _ in range(spare)]
         self._alive, self._wanted, self._count = 0, count, count
         self._threads: list[threading.Thread] = []
         self._process = os.getpid()
@@ -290,9 +290,9 @@ class Pipeline:
 
     def _take(self, queue: deque[Task]) -> list[tuple[Task, Tile]]:
         """Return the next tiles: small ones together, but alone at first and what is waited for, and few at the end."""
-        build, taken, nbytes = queue[0].build, list[tuple[Task, Tile]](), 0
+        build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
         left = self._total[0] - self._done_nbytes
-        most = 0 if queue is self._urgent else min(self._together, self._done_nbytes // 8, left // (4 * self._count))
+        most = 0 if queue is self._urgent else min(_TOGETHER, self._done_nbytes // 8, left // (4 * self._count))
         while True:
             task = queue[0]
             job, count = task.job, self._elsewhere(task.job)
@@ -301,6 +301,7 @@ class Pipeline:
                 stop = min(start + job.tile, job.size)
                 extent = build.source.extent(job.info, start, stop)
                 nbytes += extent[1] - extent[0]
+                made += job.made_nbytes * (stop - start) // max(1, job.size)
                 # claimed in the order in which tiles are taken: a reader waits for those before it
                 taken.append((task, Tile(job, start, stop, build.behind.claim(*extent) if build.behind else None)))
                 task.active += 1
@@ -309,7 +310,8 @@ class Pipeline:
             if count or not queue or queue[0].build is not build or self._elsewhere(queue[0].job):
                 return taken
             following = queue[0].job
-            if nbytes + min(1.0, following.tile / max(1, following.size)) * following.info.nbytes > most:
+            part = min(1.0, following.tile / max(1, following.size))
+            if nbytes + part * following.info.nbytes > most or made + part * following.made_nbytes > self._made or len(taken) >= _TILES_TOGETHER:
                 return taken
 
     def _elsewhere(self, job: Job) -> int:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,11 @@ class Job:
             )
             for part in self.encoder.parts
         )
+
+    @cached_property
+    def made_nbytes(self) -> int:
+        """Bytes that are made of the source's, and not the source's own."""
+        return 0 if self.copies else sum(slot.nbytes for slot in self.slots)
 
     def _variants(self) -> tuple[str, ...]:
         """Return the layouts to try in turn; for changed weights that are kept, element types."""
