@@ -57,8 +57,9 @@ class Profile:
         begin = 0
         with self._lock:
             for (phase, nbytes, _), end in zip(spans, ends_ns, strict=False):
-                self._ns[phase] += end - begin
-                self._nbytes[phase] += nbytes
+                if phase:
+                    self._ns[phase] += end - begin
+                    self._nbytes[phase] += nbytes
                 begin = end
 
     @property
@@ -125,7 +126,7 @@ def spent(start_ns: int, spans: Sequence[tuple[str, int, str]], ends_ns: Sequenc
 
     Args:
         start_ns: when the first began, by time.perf_counter_ns().
-        spans: phase, bytes and name of each.
+        spans: phase, bytes and name of each; one without a phase is waiting.
         ends_ns: when each ended, since the start; of the first ones, if the others did not happen.
     """
     if (profile := _here.profile) is not None:
@@ -133,7 +134,8 @@ def spent(start_ns: int, spans: Sequence[tuple[str, int, str]], ends_ns: Sequenc
     _here.inner_ns += ends_ns[-1]
     if (recorder := _recorder) is not None:
         for (phase, nbytes, name), begin, end in zip(spans, [0, *ends_ns], ends_ns, strict=False):
-            recorder.add(phase, start_ns + begin, start_ns + end, nbytes, name)
+            if phase:
+                recorder.add(phase, start_ns + begin, start_ns + end, nbytes, name)
 
 
 class _Recorder:

@@ -149,7 +149,13 @@ class StagedEntry:
             self.wrote(key, position, found or digest(view))
 
     def place(self, key: str, position: int) -> tuple[int, int]:
-        """Return descriptor and place of a piece, for those who write it themselves; `wrote` or `refused` must follow."""
+        """Return descriptor and place of a piece, for those who write it themselves; `wrote` or `refused` must follow.
+
+        Raises:
+            CacheError: the file was closed.
+        """
+        if self._descriptor < 0:
+            raise CacheError("the staged file is closed")
         return self._descriptor, self.offsets[key] + position
 
     def wrote(self, key: str, position: int, found: bytes) -> None:

@@ -112,7 +112,7 @@ class _Chunk:
 class Claim:
     """Hold what a reader has to digest: its tile, and what was read before it and not digested.
 
-    Whoever holds one has the calls of `add_to` made, or stops it: other readers wait for their turn.
+    Whoever holds one has the calls of `add_to` made, or stops the whole digest: other readers wait for their turn.
     """
 
     def __init__(self, file: MappedFile, parts: list[tuple[_Chunk, int, int]]) -> None:
@@ -150,13 +150,7 @@ class Claim:
         self.add_to(calls)
         stopped = calls.run()
         if stopped < len(calls):
-            self.stop()
-            raise self._file.unreadable(calls.result(stopped)[1], self._parts[stopped // 2][1])
-
-    def stop(self) -> None:
-        """Say that it will not be done; the digest cannot be had any more."""
-        for chunk, _, _ in self._parts:
-            chunk.state.stop()
+            raise self._file.unreadable(calls, stopped)
 
 
 class DigestBehind:
@@ -197,6 +191,11 @@ class DigestBehind:
                 else:
                     chunk.add(first, last)
         return Claim(self._file, mine)
+
+    def stop(self) -> None:
+        """Let nobody wait any more: a claim may never be kept, and the digest cannot be had then."""
+        for chunk in self._chunks:
+            chunk.state.stop()
 
     def finish_one(self) -> None:
         """Digest the rest of one chunk that nobody is busy with.

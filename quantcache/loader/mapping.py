@@ -152,20 +152,19 @@ class MappedFile:
         with span("read", nbytes):
             code = populate(self.address + offset, nbytes)
         if code:
-            raise self.unreadable(code, offset)
+            raise self._unreadable(code, offset)
 
     def add_populate(self, calls: Calls, offset: int, nbytes: int) -> None:
         """Have pages faulted in by a call of the phase "read"; `unreadable` says what it means if it fails."""
         start = (self.address + offset) // _PAGE * _PAGE
+        calls.places[len(calls)] = offset
         calls.add(native.system("populate"), start, self.address + offset + nbytes - start, phase="read", nbytes=nbytes)
 
-    def unreadable(self, code: int, offset: int) -> SourceError:
-        """Return the error of pages that cannot be faulted in.
+    def unreadable(self, calls: Calls, failed: int) -> SourceError:
+        """Return the error of a call that should have faulted pages in."""
+        return self._unreadable(calls.result(failed)[1], calls.places[failed])
 
-        Args:
-            code: errno.
-            offset: first byte of the range.
-        """
+    def _unreadable(self, code: int, offset: int) -> SourceError:
         what = "the file became shorter while it was read" if code == errno.EFAULT else os.strerror(code)
         return SourceError(what, path=self.path, offset=offset)
 

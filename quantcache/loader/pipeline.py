@@ -122,7 +122,7 @@ class Pipeline:
         self._cancelled = False
         self._queue = deque(task for build in builds for task in build.tasks.values())
         self._total = sum(task.job.info.nbytes for task in self._queue), len(self._queue)
-        self._done_nbytes = self._done_tensors = 0
+        self._done_nbytes = self._done_tensors = self._taken_nbytes = 0
         self.failure: BaseException | None = None
         self._open = len(builds)
         count = min(threads or default_threads(), MAX_THREADS)
@@ -188,15 +188,13 @@ class Pipeline:
         """Stop after the tiles under way; unpublished files are removed. Waits for no disk: a sync may take long."""
         if self._process != os.getpid():
             return
-        with self._lock:
-            self._cancelled = True
-            self._wake()
+        self._stop(None)
         end = time.monotonic() + _PATIENCE_S
         # one that is only being started will find that there is nothing to do
         threads = [thread for thread in self._threads if thread is not threading.current_thread() and thread.is_alive()]
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
-        running = any(thread.is_alive() for thread in threads)
+        running = any(thread.is_alive() for thread in threads) or threading.current_thread() in self._threads
         for build in self.builds:
             if running:  # the last thread to end closes the file
                 build.hide()
@@ -212,7 +210,7 @@ class Pipeline:
             for job in build.jobs:
                 begin, end = job.info.offset, job.info.offset + job.info.nbytes
                 for start in range(begin, end, _AHEAD_STEP):
-                    while asked - self._done_nbytes > _AHEAD:
+                    while asked - self._taken_nbytes > _AHEAD:
                         if self._stopped or not self._open:
                             return
                         time.sleep(0.001)
@@ -246,8 +244,7 @@ class Pipeline:
                 while (step := self._next()) is not None:
                     step(work)
         except BaseException as error:  # noqa: BLE001 - it is handed to whoever asks
-            with self._lock:
-                self.failure = self.failure or error
+            self._stop(error)
         with self._lock:
             self._alive -= 1
             stopped = self._alive == 0 and (self.failure is not None or self._cancelled)
@@ -255,6 +252,15 @@ class Pipeline:
         if stopped:  # nobody may ever close the model: another load must not wait for its lock
             for build in self.builds:
                 build.drop()
+
+    def _stop(self, failure: BaseException | None) -> None:
+        """Have all threads end, for a reason or because somebody wants it; nobody waits for a digest that may never go on."""
+        with self._lock:
+            self.failure, self._cancelled = self.failure or failure, self._cancelled or failure is None
+            for build in self.builds:
+                if build.behind is not None:
+                    build.behind.stop()
+            self._wake()
 
     def _wake(self) -> None:
         """Have everybody look again; under the lock."""
@@ -293,7 +299,7 @@ class Pipeline:
         build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
         left = self._total[0] - self._done_nbytes
         most = 0 if queue is self._urgent else min(_TOGETHER, self._done_nbytes // 8, left // (4 * self._count))
-        while True:
+        while True:  # a claim that is taken is kept, or the pipeline stops
             task = queue[0]
             job, count = task.job, self._elsewhere(task.job)
             for _ in range(min(max(1, count), len(task.waiting))):
@@ -301,6 +307,7 @@ class Pipeline:
                 stop = min(start + job.tile, job.size)
                 extent = build.source.extent(job.info, start, stop)
                 nbytes += extent[1] - extent[0]
+                self._taken_nbytes += extent[1] - extent[0]
                 made += job.made_nbytes * (stop - start) // max(1, job.size)
                 # claimed in the order in which tiles are taken: a reader waits for those before it
                 taken.append((task, Tile(job, start, stop, build.behind.claim(*extent) if build.behind else None)))
@@ -323,16 +330,10 @@ class Pipeline:
         batch.outputs.clear()
         build, tiles = batch.tiles[0][0].build, [tile for _, tile in batch.tiles]
         digested = any(task.target is build.staged for task, _ in batch.tiles)
-        try:
-            if self._quantizer is not None and self._elsewhere(tiles[0].job):
-                encode_elsewhere(build.source, tiles, work, batch.outputs, self._quantizer, digested=digested)
-            else:
-                encode(build.source, tiles, work, batch.outputs, digested=digested)
-        except BaseException:
-            for tile in tiles:
-                if tile.claim is not None:
-                    tile.claim.stop()
-            raise
+        if self._quantizer is not None and self._elsewhere(tiles[0].job):
+            encode_elsewhere(build.source, tiles, work, batch.outputs, self._quantizer, digested=digested)
+        else:
+            encode(build.source, tiles, work, batch.outputs, digested=digested)
         for task, tile in batch.tiles:
             if tile.status != Status.OK:
                 task.refused = task.refused or tile.status
@@ -479,9 +480,7 @@ class Pipeline:
         report = Progress(*counts, phase, now - self._started_s, self.profile.seconds)
         wanted = self._progress(report)
         if wanted is not None and not wanted:
-            with self._lock:
-                self._cancelled = True
-                self._wake()
+            self._stop(None)
 
 
 def _warn(text: str) -> None:

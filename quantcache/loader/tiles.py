@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.cache.key import digest
+from quantcache.errors import CodecError
 from quantcache.loader import weights
 from quantcache.loader.digests import Claim
 from quantcache.loader.plan import Job
@@ -137,10 +138,9 @@ class _Reading:
     """Add the calls that read tiles, all before the first is quantized: other readers wait for the digests of their bytes."""
 
     def __init__(self, source: Source, tiles: Sequence[Tile], calls: Calls) -> None:
-        self._file, self.begin = source.file, len(calls)
+        self._file, self._calls, self.begin = source.file, calls, len(calls)
         calls.name = tiles[0].job.info.name
         extents = [source.extent(tile.job.info, tile.start, tile.stop) for tile in tiles]
-        self._first = min(first for first, _ in extents)
         claim = Claim.of_all([tile.claim for tile in tiles if tile.claim is not None])
         for first, last in extents:
             if claim is None or not claim.covers(first, last):
@@ -152,13 +152,13 @@ class _Reading:
     def done(self) -> None:
         """Everything is in memory."""
 
-    def failed(self, _: str, code: int) -> None:
+    def failed(self, call: int) -> None:
         """Take that a call failed.
 
         Raises:
             SourceError: always.
         """
-        raise self._file.unreadable(code, self._first)
+        raise self._file.unreadable(self._calls, call)
 
 
 class _Encoding:
@@ -210,8 +210,15 @@ class _Encoding:
         if self._arrays is not None and self._tile.job.encoder is not None:
             self._tile.job.encoder.encoded(self._tile.start, self._arrays)
 
-    def failed(self, _: str, code: int) -> None:
-        """Take that a call failed; none after it was made."""
+    def failed(self, call: int) -> None:
+        """Take that a call failed; none after it was made.
+
+        Raises:
+            CodecError: the kernels do not decode these blocks.
+        """
+        phase, code = self._calls.result(call)
+        if phase == "decode":
+            raise CodecError(f"no kernel decodes {self._tile.job.info.dtype}")
         self._tile.status, self._tile.pieces = Status(code), []
 
 
@@ -220,7 +227,7 @@ def _make(calls: Calls, steps: list[_Reading | _Encoding]) -> None:
     stopped = calls.run(steps[0].begin) if steps else 0
     for step in steps:
         if stopped < step.end:
-            step.failed(*calls.result(stopped))
+            step.failed(stopped)
             stopped = calls.run(step.end)
         else:
             step.done()
@@ -317,7 +324,10 @@ def encode_elsewhere(source: Source, tiles: Sequence[Tile], work: Scratch, outpu
                 begin, end = ((at - start) // part.weights * itemsize for at in (tile.start, tile.start + job.tile))
                 buffer = arrays[part.name].view(np.uint8)[begin:end]
                 tile.pieces.append(Piece(part.key, tile.start // part.weights * itemsize, buffer))
-        if digested:
+        if digested and native.level() == "reference":
+            for piece in tile.pieces:
+                piece.digest = digest(piece.buffer)
+        elif digested:
             step = _Encoding(tile, calls)
             step.add_digests(outputs)
             step.end = len(calls)

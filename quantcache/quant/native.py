@@ -187,6 +187,8 @@ class Calls:
         self._phases: list[tuple[str, int, str]] = []
         #: of the tensor or file whose calls are added, for the trace
         self.name = ""
+        #: what a call reads begins there in its file, for whoever has to say that it failed
+        self.places: dict[int, int] = {}
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -198,7 +200,7 @@ class Calls:
         Args:
             function: what to call.
             arguments: two to eight.
-            phase, nbytes: see quantcache.trace.span.
+            phase, nbytes: see quantcache.trace.span; the time of a call without a phase is nobody's.
         """
         words = [a if isinstance(a, int) else a.__array_interface__["data"][0] for a in arguments]
         self._words.extend((function.address, len(words), 0, 0, *words, *_NOTHING[len(words) :]))

@@ -143,13 +143,13 @@ def test_ranges_that_are_read_again(file: MappedFile) -> None:
     assert finish(behind) == expected(file)
 
 
-def test_a_claim_that_is_given_up(file: MappedFile) -> None:
-    """Nobody waits for a range that will not come; the digest cannot be had then."""
+def test_a_claim_that_is_never_kept(file: MappedFile) -> None:
+    """Once it is stopped nobody waits for a range that will not come; the digest cannot be had then."""
     behind = DigestBehind(file, [(0, file.nbytes)])
-    claim = behind.claim(0, 1000)
+    behind.claim(0, 1000)
     thread = threading.Thread(target=behind.claim(1000, CHUNK).keep)
     thread.start()
-    claim.stop()
+    behind.stop()
     thread.join(60)
     assert not thread.is_alive()
     while behind.idle:

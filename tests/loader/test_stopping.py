@@ -160,6 +160,52 @@ def test_interrupted_between_staging_and_building(
         assert not model.hit
 
 
+def test_a_worker_that_cancels(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a collection in a worker cancels is closed once no worker writes any more: its descriptor may be another file's by then."""
+    from quantcache.cache.blobs import StagedEntry
+
+    there, found = threading.Event(), []
+    real = StagedEntry.place
+
+    def place(self: StagedEntry, key: str, position: int) -> tuple[int, int]:
+        descriptor, start = real(self, key, position)
+        if not found:
+            assert there.wait(60)
+            model.cancel()
+            found.append(os.fstat(descriptor).st_size)
+        return descriptor, start
+
+    monkeypatch.setattr(StagedEntry, "place", place)
+    model = qc.load(model_path, cache=tmp_path / "c", threads=1)
+    (pipeline,) = model._pipelines
+    there.set()
+    for thread in list(pipeline._threads):
+        thread.join(60)
+    assert found
+    assert left(tmp_path / "c") == []
+
+
+def test_a_claim_that_is_lost(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails between taking tiles and quantizing them is told, and no thread waits for their digests for ever."""
+    from quantcache.loader import pipeline as module
+
+    real, made = module.Batch, []
+
+    def batch(*given: Any) -> Any:
+        made.append(1)
+        if len(made) == 3:
+            raise MemoryError("no")
+        return real(*given)
+
+    monkeypatch.setattr(module, "Batch", batch)
+    with pytest.raises(MemoryError), qc.load(model_path, cache=tmp_path / "c", threads=4) as model:
+        model.finish()
+    for thread in list(model._pipelines[0]._threads):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert left(tmp_path / "c") == []
+
+
 def test_cancel_while_the_entry_is_rearranged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second file, into which an entry is copied whose plan did not hold, goes with the first."""
     from quantcache.cache import blobs

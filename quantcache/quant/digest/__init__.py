@@ -80,7 +80,7 @@ class Stream:
         return int(self._words[0])
 
     def add_in_turn(self, calls: Calls, address: int, nbytes: int, place: int) -> None:
-        """Have bytes added, by a call that waits until everything before them is.
+        """Have bytes added, by calls that wait until everything before them is.
 
         Args:
             calls: what it is added to.
@@ -88,6 +88,7 @@ class Stream:
             nbytes: how many.
             place: of the first.
         """
+        calls.add(native.kernel("digest_turn"), self._address, place, phase="", nbytes=0)
         calls.add(native.kernel("digest_in_turn"), self._address, address, nbytes, place, phase="digest", nbytes=nbytes)
 
     def stop(self) -> None:

@@ -227,12 +227,15 @@ static void wait_a_little(uint64_t turn) {
 #endif
 }
 
-/* Adds n bytes that stand at `place`, once everything before them was added, by whichever thread; nothing if that was stopped. */
+/* Waits until everything before `place` was added, by whichever thread, or that was stopped. */
+QC_EXPORT(qc_digest_turn)(const stream_t *s, uint64_t place) {
+    for (uint64_t turn = 0; seen(&s->at) != place && !seen(&s->stopped); turn++) wait_a_little(turn);
+    return QC_OK;
+}
+
+/* Adds n bytes that stand at `place`; nothing if it is not their turn. */
 QC_EXPORT(qc_digest_in_turn)(stream_t *s, const uint8_t *data, uint64_t n, uint64_t place) {
-    for (uint64_t turn = 0; seen(&s->at) != place; turn++) {
-        if (seen(&s->stopped)) return QC_OK;
-        wait_a_little(turn);
-    }
+    if (seen(&s->at) != place) return QC_OK;
     add(s, data, n);
     show(&s->at, place + n);
     return QC_OK;
