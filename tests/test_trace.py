@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import quantcache as qc
-from quantcache.trace import PHASES, Profile, span, working_for
+from quantcache.trace import PHASES, Profile, span, spent, working_for
 
 LOAD = "import sys, quantcache as qc\nwith qc.load(sys.argv[1], cache=sys.argv[2]) as m: [m[n] for n in m]; m.finish()"
 
@@ -104,3 +104,21 @@ def test_phases_of_a_model(model: Path, tmp_path: Path) -> None:
     with qc.Cache(tmp_path / "c") as store:
         (row,) = store.entries()
         assert {"read", "quantize", "write"} <= set(store.open(row.key).header.built["phases"])
+
+
+def test_what_waits_is_nobodys() -> None:
+    """Of spans that follow each other each has its own time; the time of one without a phase is left out."""
+    profile = Profile()
+    with working_for(profile):
+        spent(0, [("read", 5, "t"), ("", 0, "t"), ("digest", 5, "t"), ("write", 1, "t")], [1000, 8000, 9000])
+    assert profile.seconds == pytest.approx({"read": 1e-6, "digest": 1e-6})
+    assert profile.nbytes == {"read": 5, "digest": 5}
+
+
+def test_memory_is_written_to_as_well(tmp_path: Path) -> None:
+    """A load that stores nothing says what it took to put tensors together."""
+    save_file({"a.weight": np.ones((256, 256), np.float32)}, tmp_path / "m.safetensors")
+    with qc.load(tmp_path / "m.safetensors", mode="off") as model:
+        model.finish()
+        assert {"read", "quantize", "write"} <= set(model.phases)
+        assert "digest" not in model.phases

@@ -52,7 +52,7 @@ class Memory:
         for slot in slots:
             self._arrays[slot.key] = np.empty(slot.nbytes, np.uint8)
 
-    def write(self, key: str, position: int, buffer: Array) -> None:
+    def write(self, key: str, position: int, buffer: Array, _: bytes = b"") -> None:
         """Copy bytes of a tensor."""
         self._arrays[key][position : position + buffer.size] = buffer
 
@@ -184,9 +184,7 @@ def _write(pieces: list[tuple[Task, Piece]]) -> None:
     written: list[tuple[StagedEntry, Piece]] = []
     for task, piece in pieces:
         target, nbytes = task.target, piece.buffer.size
-        if isinstance(target, Memory):
-            target.write(piece.key, piece.position, piece.buffer)
-        elif calls is None or not nbytes:
+        if calls is None or not nbytes or isinstance(target, Memory):
             with span("write", nbytes, task.job.info.name):
                 target.write(piece.key, piece.position, piece.buffer, piece.digest)
         else:
