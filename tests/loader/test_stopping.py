@@ -53,6 +53,7 @@ def test_ctrl_c_while_the_lock_is_taken_back(model_path: Path, tmp_path: Path) -
     """Ctrl-C that comes while a caller wakes up is Ctrl-C, and cancels: the caller lets go of no lock that it has not."""
     code = (
         "import os, signal, sys, threading, time, quantcache as qc\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whatever the tests were started with
         "from quantcache.loader import pipeline\n"
         "gone = threading.Event()\n"
         "def tile(self, *given): gone.wait(60)\n"
