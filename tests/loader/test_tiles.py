@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,28 @@ def test_batches_are_bounded(tmp_path: Path, rng: np.random.Generator, monkeypat
         model.finish()
     assert 8 < max(count for count, _ in batches) <= 64
     assert max(made for _, made in batches) <= 200_000 // 4 + 4096 * 2
+
+
+def test_last_tiles_side_by_side(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that bring the last two tiles to memory at the same time leave nothing out: what is whole is made once, after both."""
+    from quantcache.loader.build import Memory
+
+    monkeypatch.setattr(planning, "TILE", 4096)
+    save_file({"a.0.weight": rng.standard_normal((64, 128), np.float32)}, tmp_path / "m.safetensors")
+    both, real = threading.Barrier(2, timeout=60), Memory.write
+
+    def write(self: Memory, key: str, position: int, buffer: Any, found: bytes = b"") -> None:
+        if key == "a.0.weight":
+            both.wait()
+        real(self, key, position, buffer, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Memory, "write", write)
+        with qc.load(tmp_path / "m.safetensors", "nf4-dq", mode="off", threads=2) as model:
+            side_by_side = model["a.0.weight"]
+    with qc.load(tmp_path / "m.safetensors", "nf4-dq", mode="off", threads=1) as model:
+        alone = model["a.0.weight"]
+    assert isinstance(side_by_side, qc.QuantTensor)
+    assert isinstance(alone, qc.QuantTensor)
+    for part, expected in alone.parts.items():
+        np.testing.assert_array_equal(side_by_side.parts[part], expected)
