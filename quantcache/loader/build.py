@@ -102,7 +102,7 @@ class Build:
         cache, staged: where it goes; None for memory.
         digest: of the source, if it is known already.
         release: gives the lock of the build back.
-        fingerprint, stamp, seen_ns: of the source.
+        stamp, seen_ns: of the source.
     """
 
     source: Source

@@ -76,11 +76,10 @@ def _digest_range(file: MappedFile, start: int, stop: int, state: Streamed) -> N
 class _Chunk:
     """One chunk. Everything before `claimed` is digested or will be; `read` are ranges behind it that readers have had, or nobody's."""
 
-    __slots__ = ("claimed", "end", "read", "start", "state")
+    __slots__ = ("claimed", "end", "read", "state")
 
     def __init__(self, start: int, end: int) -> None:
-        self.start, self.end = start, end
-        self.claimed = start
+        self.claimed, self.end = start, end
         self.read: list[tuple[int, int]] = []  # apart and in order
         self.state = Stream(start)
 

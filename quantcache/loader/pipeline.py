@@ -18,8 +18,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from numpy.typing import NDArray
-
 import quantcache
 from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.key import fingerprint
@@ -35,7 +33,6 @@ from quantcache.trace import Profile, working_for
 
 __all__ = ["Cancelled", "Pipeline", "Progress", "default_threads"]
 
-Array = NDArray[Any]
 #: Memory of a worker is about 12 MB where it merges, and there is what all have made (_ALL_MADE): at most this many stay within 256 MiB.
 MAX_THREADS = 16
 #: Bytes that the disk is ahead of the workers, and of one request: docs/decisions/0009-pipeline.md.
@@ -279,12 +276,12 @@ class Pipeline:
                     return None
                 waiting = False
                 for queue in (self._urgent, self._queue):
-                    while queue and not queue[0].waiting:
-                        queue.popleft()
-                    if queue and self._spare:
+                    if _head(queue) is None:
+                        continue
+                    if self._spare:
                         batch = Batch(self._take(queue), self._spare.pop())
                         return lambda work, batch=batch: self._quantize(batch, work)  # type: ignore[misc]
-                    waiting = waiting or bool(queue)
+                    waiting = True
                 for build in self.builds if not waiting else ():
                     if build.behind is not None and build.behind.idle:
                         return lambda _, behind=build.behind: behind.finish_one()  # type: ignore[misc]
@@ -299,27 +296,26 @@ class Pipeline:
         build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
         left = self._total[0] - self._done_nbytes
         most = 0 if queue is self._urgent else min(_TOGETHER, self._done_nbytes // 8, left // (4 * self._count))
-        while True:  # a claim that is taken is kept, or the pipeline stops
-            task = queue[0]
+        while (task := _head(queue)) is not None and task.build is build:
             job, count = task.job, self._elsewhere(task.job)
+            if taken and count:
+                break
             for _ in range(min(max(1, count), len(task.waiting))):
-                start = task.waiting.pop()
+                start = task.waiting[-1]
                 stop = min(start + job.tile, job.size)
                 extent = build.source.extent(job.info, start, stop)
                 nbytes += extent[1] - extent[0]
-                self._taken_nbytes += extent[1] - extent[0]
                 made += job.made_nbytes * (stop - start) // max(1, job.size)
-                # claimed in the order in which tiles are taken: a reader waits for those before it
-                taken.append((task, Tile(job, start, stop, build.behind.claim(*extent) if build.behind else None)))
+                if taken and not count and (nbytes > most or made > self._made or len(taken) == _TILES_TOGETHER):
+                    return taken
+                task.waiting.pop()
                 task.active += 1
-            while queue and not queue[0].waiting:
-                queue.popleft()
-            if count or not queue or queue[0].build is not build or self._elsewhere(queue[0].job):
-                return taken
-            following = queue[0].job
-            part = min(1.0, following.tile / max(1, following.size))
-            if nbytes + part * following.info.nbytes > most or made + part * following.made_nbytes > self._made or len(taken) >= _TILES_TOGETHER:
-                return taken
+                self._taken_nbytes += extent[1] - extent[0]
+                # claimed in the order in which tiles are taken, since a reader waits for those before it; it is kept, or the pipeline stops
+                taken.append((task, Tile(job, start, stop, build.behind.claim(*extent) if build.behind else None)))
+            if count:
+                break
+        return taken
 
     def _elsewhere(self, job: Job) -> int:
         """Return how many tiles of a job the quantizer takes at a time; 0 if the CPU is to do it."""
@@ -481,6 +477,13 @@ class Pipeline:
         wanted = self._progress(report)
         if wanted is not None and not wanted:
             self._stop(None)
+
+
+def _head(queue: deque[Task]) -> Task | None:
+    """Return the first task of which tiles are left, and forget those before it."""
+    while queue and not queue[0].waiting:
+        queue.popleft()
+    return queue[0] if queue else None
 
 
 def _warn(text: str) -> None:

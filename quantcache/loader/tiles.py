@@ -6,7 +6,7 @@ other in C, over several tiles, is one foreign call: docs/decisions/0009-pipelin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -111,19 +111,12 @@ def encode(source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratc
     tiles = [tile for tile in tiles if tile.stop > tile.start]  # of an empty tensor there is nothing
     if not tiles:
         return
-    if native.level() == "reference":
-        for tile in tiles:
-            first, last = source.extent(tile.job.info, tile.start, tile.stop)
-            source.file.populate(first, last - first)
-            _encode_here(tile, _bytes(source, tile), work, outputs)
-            for piece in tile.pieces if digested else ():
-                piece.digest = digest(piece.buffer)
-        return
     calls = Calls()
-    steps: list[_Reading | _Encoding] = [_Reading(source, tiles, calls)]
+    steps = _reading(source, tiles, calls)
+    here = source.big_endian or native.level() == "reference"
     for tile in tiles:
         step = _Encoding(tile, calls)
-        if source.big_endian or not step.prepare(source, work, outputs):
+        if here or not step.prepare(source, work, outputs):
             _make(calls, steps)
             _encode_here(tile, _bytes(source, tile), work, outputs)
             steps = []
@@ -161,6 +154,16 @@ class _Reading:
         raise self._file.unreadable(self._calls, call)
 
 
+def _reading(source: Source, tiles: Sequence[Tile], calls: Calls) -> list[_Reading | _Encoding]:
+    """Return the step that reads tiles; at the reference level, which has no calls, they are read now."""
+    if native.level() != "reference":
+        return [_Reading(source, tiles, calls)]
+    for tile in tiles:
+        first, last = source.extent(tile.job.info, tile.start, tile.stop)
+        source.file.populate(first, last - first)
+    return []
+
+
 class _Encoding:
     """Add the calls that make pieces of a tile, and take what came of them."""
 
@@ -174,13 +177,11 @@ class _Encoding:
 
     def prepare(self, source: Source, work: Scratch, outputs: Scratch) -> bool:
         """Add what quantizes; return False if Python has to do a part of it."""
-        job, start = self._tile.job, self._tile.start
-        first, last = source.extent(job.info, start, self._tile.stop)
-        raw = source.file.bytes[first:last]
+        job, raw = self._tile.job, _bytes(source, self._tile)
         if job.encoder is None:
-            self._tile.pieces = [Piece(job.info.name, start * ITEMSIZE[job.info.dtype], raw)]
+            self._tile.pieces = _pieces(self._tile, {"values": raw}, self._tile.start)
             return True
-        widened = weights.prepare(raw, job, start, work)
+        widened = weights.prepare(raw, job, self._tile.start, work)
         prepared = widened and job.encoder.prepare(widened[1], outputs)
         if widened is None or prepared is None:
             return False
@@ -188,7 +189,7 @@ class _Encoding:
             if call is not None:
                 self._calls.add(native.kernel(call[0]), *call[1:], phase=phase, nbytes=widened[1].nbytes)
         self._arrays = prepared[1]
-        self._tile.pieces = _pieces(self._tile, self._arrays)
+        self._tile.pieces = _pieces(self._tile, self._arrays, self._tile.start)
         return True
 
     def add_digests(self, outputs: Scratch) -> None:
@@ -234,7 +235,7 @@ def _make(calls: Calls, steps: list[_Reading | _Encoding]) -> None:
 
 
 def _bytes(source: Source, tile: Tile) -> Array:
-    """Return a tile's bytes, which are in memory, as a little-endian file has them."""
+    """Return a tile's bytes as a little-endian file has them; of a big-endian one they must be in memory."""
     first, last = source.extent(tile.job.info, tile.start, tile.stop)
     return source.little_endian(tile.job.info, source.file.bytes[first:last])
 
@@ -243,7 +244,7 @@ def _encode_here(tile: Tile, raw: Array, work: Scratch, outputs: Scratch) -> Non
     """Quantize what is in memory, with Python between the kernels."""
     job = tile.job
     if job.encoder is None:
-        tile.pieces = [Piece(job.info.name, tile.start * ITEMSIZE[job.info.dtype], raw)]
+        tile.pieces = _pieces(tile, {"values": raw}, tile.start)
         return
     widened = weights.widened(raw, job, tile.start, work)
     with span("quantize", widened.nbytes, job.info.name):
@@ -254,17 +255,19 @@ def _encode_here(tile: Tile, raw: Array, work: Scratch, outputs: Scratch) -> Non
         if not job.as_stored and np.may_share_memory(made, widened):  # the thread's next tile will stand there
             arrays[name] = outputs.array(f"kept {name}", made.dtype, made.size)
             arrays[name][...] = made
-    tile.pieces = _pieces(tile, arrays)
+    tile.pieces = _pieces(tile, arrays, tile.start)
 
 
-def _pieces(tile: Tile, arrays: dict[str, Array]) -> list[Piece]:
-    """Return the parts of a tile that are stored tile by tile."""
-    assert tile.job.encoder is not None
-    return [
-        Piece(part.key, tile.start // part.weights * ITEMSIZE[part.dtype], arrays[part.name].view(np.uint8).reshape(-1))
-        for part in tile.job.encoder.parts
-        if part.weights
-    ]
+def _pieces(tile: Tile, arrays: Mapping[str, Array], first: int) -> list[Piece]:
+    """Return the parts of a tile that are stored tile by tile, of arrays whose first weight is `first`."""
+    job, pieces = tile.job, []
+    if job.encoder is None:
+        return [Piece(job.info.name, tile.start * ITEMSIZE[job.info.dtype], arrays["values"])]
+    for part in job.encoder.parts:
+        if part.weights:
+            at, begin, end = (weight // part.weights * ITEMSIZE[part.dtype] for weight in (tile.start, tile.start - first, tile.start - first + job.tile))
+            pieces.append(Piece(part.key, at, arrays[part.name].view(np.uint8).reshape(-1)[begin:end]))
+    return pieces
 
 
 class Quantizer(Protocol):
@@ -302,11 +305,10 @@ def encode_elsewhere(source: Source, tiles: Sequence[Tile], work: Scratch, outpu
     """
     job, start, stop = tiles[0].job, tiles[0].start, tiles[-1].stop
     first, last = source.extent(job.info, start, stop)
-    if claim := Claim.of_all([tile.claim for tile in tiles if tile.claim is not None]):
-        claim.keep()
+    calls = Calls()
+    _make(calls, _reading(source, tiles, calls))
     for tile in tiles:
         tile.claim = None
-    source.file.populate(first, last - first)
     raw = source.little_endian(job.info, source.file.bytes[first:last])
     with span("quantize", raw.nbytes, job.info.name):
         made = quantizer.encode(job, start, raw, outputs)
@@ -315,19 +317,10 @@ def encode_elsewhere(source: Source, tiles: Sequence[Tile], work: Scratch, outpu
         return
     assert job.encoder is not None
     arrays = job.encoder.encoded(start, made)
-    calls = Calls()
     steps: list[_Reading | _Encoding] = []
     for tile in tiles:
-        for part in job.encoder.parts:
-            if part.weights:
-                itemsize = ITEMSIZE[part.dtype]
-                begin, end = ((at - start) // part.weights * itemsize for at in (tile.start, tile.start + job.tile))
-                buffer = arrays[part.name].view(np.uint8)[begin:end]
-                tile.pieces.append(Piece(part.key, tile.start // part.weights * itemsize, buffer))
-        if digested and native.level() == "reference":
-            for piece in tile.pieces:
-                piece.digest = digest(piece.buffer)
-        elif digested:
+        tile.pieces = _pieces(tile, arrays, start)
+        if digested:
             step = _Encoding(tile, calls)
             step.add_digests(outputs)
             step.end = len(calls)

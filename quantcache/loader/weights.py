@@ -42,7 +42,7 @@ def widened(raw: Array, job: Job, start: int, scratch: Scratch) -> Array:
     info = job.info
     if job.as_stored:
         return _elements(raw, info)
-    wide = scratch.array("weights", np.float32, min(job.tile, job.size - start))
+    wide = _room(job, start, scratch)
     with span("decode", raw.nbytes, info.name):
         if info.is_block:
             blocks.decode(info.dtype, raw, wide, "F32")
@@ -70,8 +70,12 @@ def prepare(raw: Array, job: Job, start: int, scratch: Scratch) -> tuple[Call | 
         return (None, found) if found.flags.aligned else None
     if not info.is_block or job.changes or job.decision.exponent:
         return None
-    wide = scratch.array("weights", np.float32, min(job.tile, job.size - start))
+    wide = _room(job, start, scratch)
     return blocks.prepare(info.dtype, raw, wide, "F32"), wide
+
+
+def _room(job: Job, start: int, scratch: Scratch) -> Array:
+    return scratch.array("weights", np.float32, min(job.tile, job.size - start))
 
 
 def _elements(raw: Array, info: TensorInfo) -> Array:

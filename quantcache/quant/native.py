@@ -104,6 +104,11 @@ def address(array: NDArray[Any]) -> int:
     return found
 
 
+def _words(arguments: tuple[NDArray[Any] | int, ...]) -> list[int]:
+    """Return what is passed: integers themselves, arrays' addresses."""
+    return [argument if isinstance(argument, int) else address(argument) for argument in arguments]
+
+
 class Pinned(int):
     """The address of an array that is there for good, to be passed instead of it: looking it up takes a microsecond."""
 
@@ -137,7 +142,7 @@ class Kernel:
     def __call__(self, *arguments: NDArray[Any] | int) -> int:
         """Return what the function returns: of a kernel, its status bits."""
         # Python integers pass as C int unless told otherwise: every argument is 64 bits wide
-        status: int = self._function(*[ctypes.c_uint64(a if isinstance(a, int) else address(a)) for a in arguments])
+        status: int = self._function(*map(ctypes.c_uint64, _words(arguments)))
         return status
 
 
@@ -202,7 +207,7 @@ class Calls:
             arguments: two to eight.
             phase, nbytes: see quantcache.trace.span; the time of a call without a phase is nobody's.
         """
-        words = [a if isinstance(a, int) else a.__array_interface__["data"][0] for a in arguments]
+        words = _words(arguments)
         self._words.extend((function.address, len(words), 0, 0, *words, *_NOTHING[len(words) :]))
         self._kept.append(arguments)
         self._phases.append((phase, nbytes, self.name))

@@ -51,9 +51,9 @@ def add_digest(calls: Calls, address: int, nbytes: int, out: int) -> bool:
         out: address of 16 bytes; written.
 
     Returns:
-        Whether it was added: xxhash is for what is short.
+        Whether it was added: xxhash is for what is short, and for the reference level.
     """
-    if nbytes <= _SHORT:
+    if nbytes <= _SHORT or native.level() == "reference":
         return False
     calls.add(native.kernel("digest_pieces"), address, nbytes, nbytes, out, phase="digest", nbytes=nbytes)
     return True
