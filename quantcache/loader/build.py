@@ -70,17 +70,18 @@ class Task:
         target: where it goes.
     """
 
-    __slots__ = ("active", "build", "counted", "done", "job", "refused", "target", "waiting")
+    __slots__ = ("active", "awaited", "build", "counted", "done", "job", "refused", "target", "waiting")
 
     def __init__(self, build: Build, job: Job, target: StagedEntry | Memory) -> None:
         self.build, self.job, self.target = build, job, target
         self.active = 0  # tiles
         self.done = False
+        self.awaited = False  # a caller waits for it
         self.rewind()
 
     def rewind(self) -> None:
         """Have all tiles done, from the first on."""
-        self.waiting = list(reversed(self.job.tiles))  # taken from the end
+        self.waiting = self.job.tiles  # first weights of those that nobody has taken
         self.counted = 0  # bytes of the source that progress has
         self.refused: Status | CacheError | None = None
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import quantcache
 from quantcache.cache.blobs import StagedEntry
-from quantcache.cache.key import fingerprint
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, shorten
 from quantcache.loader.build import Batch, Build, Task, complete, refusal, wholes
@@ -43,6 +42,8 @@ _AHEAD_STEP = 4 << 20
 _TOGETHER, _TILES_TOGETHER, _ALL_MADE = 16 << 20, 64, 64 << 20
 #: How long a cancelled load waits for its threads: Ctrl-C is to be answered within a second.
 _PATIENCE_S = 0.7
+#: For how long a thread leaves its core to a caller whose tensor it has just finished, and how often at most.
+_HAND_OVER_S, _HAND_OVER_EVERY_S = 0.0001, 0.01
 
 
 class Cancelled(QuantcacheError):  # noqa: N818 - not a failure
@@ -109,7 +110,7 @@ class Pipeline:
         quantizer: Quantizer | None = None,
     ) -> None:
         self.builds, self.profile, self._quantizer = builds, profile or Profile(), quantizer
-        self._progress, self._told_s = progress, 0.0
+        self._progress, self._told_s, self._handed_s = progress, 0.0, 0.0
         self._started_s = time.monotonic()
         # re-entrant: a collection may cancel a forgotten model under it, and Ctrl-C finds it as it was, which a plain one is not
         self._lock = threading.RLock()
@@ -155,6 +156,7 @@ class Pipeline:
         with self._lock:
             if not task.done:
                 self._urgent.append(task)
+                task.awaited = True
                 self._todo.notify()
             while not task.done and self.failure is None and not self._cancelled:
                 self._done.wait(0.2)
@@ -294,21 +296,24 @@ class Pipeline:
     def _take(self, queue: deque[Task]) -> list[tuple[Task, Tile]]:
         """Return the next tiles: small ones together, but alone at first and what is waited for, and few at the end."""
         build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
-        left = self._total[0] - self._done_nbytes
-        most = 0 if queue is self._urgent else min(_TOGETHER, self._done_nbytes // 8, left // (4 * self._count))
+        if queue is self._urgent:  # what is left of the tensor is shared out
+            job = queue[0].job
+            most = min(_TOGETHER, len(queue[0].waiting) * job.tile * job.info.nbytes // max(1, job.size) // (3 * self._count))
+        else:
+            most = min(_TOGETHER, self._done_nbytes // 8, (self._total[0] - self._done_nbytes) // (4 * self._count))
         while (task := _head(queue)) is not None and task.build is build:
             job, count = task.job, self._elsewhere(task.job)
             if taken and count:
                 break
             for _ in range(min(max(1, count), len(task.waiting))):
-                start = task.waiting[-1]
+                start = task.waiting[0]
                 stop = min(start + job.tile, job.size)
                 extent = build.source.extent(job.info, start, stop)
                 nbytes += extent[1] - extent[0]
                 made += job.made_nbytes * (stop - start) // max(1, job.size)
                 if taken and not count and (nbytes > most or made > self._made or len(taken) == _TILES_TOGETHER):
                     return taken
-                task.waiting.pop()
+                task.waiting = task.waiting[1:]
                 task.active += 1
                 self._taken_nbytes += extent[1] - extent[0]
                 # claimed in the order in which tiles are taken, since a reader waits for those before it; it is kept, or the pipeline stops
@@ -366,7 +371,7 @@ class Pipeline:
             for task, _ in tiles:
                 task.active -= 1
                 if task.refused is not None:
-                    task.waiting.clear()
+                    task.waiting = range(0)
             # two threads that brought the last tiles to memory side by side: neither knew that it was the last
             late = [task for task in ended if task not in whole]
             self._todo.notify(len(ready))
@@ -380,6 +385,12 @@ class Pipeline:
                     task.build.left -= 1
                 self._done_tensors += len(done)
                 self._wake()
+                now = time.monotonic()
+                handed = any(task.awaited for task in done) and now - self._handed_s > _HAND_OVER_EVERY_S
+                if handed:
+                    self._handed_s = now
+            if handed:  # all cores are busy: whoever waited would get one when the system next takes it from a thread
+                time.sleep(_HAND_OVER_S)
         for task in ended:
             if task.refused is not None:
                 self._start_again(task, task.refused)
@@ -451,7 +462,7 @@ class Pipeline:
             "created": time.time(),
             "seconds": round(seconds, 3),
             "phases": {phase: round(taken, 4) for phase, taken in self.profile.seconds.items()},
-            "fingerprint": fingerprint(source.file.memory),
+            "fingerprint": source.fingerprint,
             "recipe": build.request.label,
             "format": source.format,
             "kernel": native.level(),

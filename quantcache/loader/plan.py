@@ -158,16 +158,11 @@ class Job:
             multiple = rows if rows <= TILE else multiple
         self.tile = max(1, TILE // multiple) * multiple
         self.parts = {part.name: part.key for part in self.encoder.parts}
-        self.slots = tuple(
-            Slot(
-                part.key,
-                part.dtype,
-                part.shape,
-                max(1, self.tile // part.weights * ITEMSIZE[part.dtype] if part.weights else part.nbytes),
-                self.layer,
-            )
-            for part in self.encoder.parts
-        )
+        made = []
+        for part in self.encoder.parts:  # a plan makes thousands: no generator
+            chunk = self.tile // part.weights * ITEMSIZE[part.dtype] if part.weights else part.nbytes
+            made.append(Slot(part.key, part.dtype, part.shape, chunk or 1, self.layer))
+        self.slots = tuple(made)
 
     @cached_property
     def made_nbytes(self) -> int:

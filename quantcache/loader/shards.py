@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quantcache.cache.blobs import StagedEntry, StoredEntry
 from quantcache.cache.container import Slot
-from quantcache.cache.key import Stamp, canonical, digest, fingerprint
+from quantcache.cache.key import Stamp, canonical, digest
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, StoreReadOnlyError
 from quantcache.loader.ahead import Check, Pool, Stored, read_ahead
@@ -183,7 +183,7 @@ class Shard:
             if self.stored is not None:
                 return
             if options.mode != "readonly" and not cache.readonly:
-                mark = fingerprint(source.file.memory)  # the digest may not be known before the build has taken it
+                mark = source.fingerprint  # the digest may not be known before the build has taken it
                 name = digest(canonical([mark, request.key_document("", source.file.nbytes, source.reading())]).encode()).hex()
 
                 def served() -> bool:
@@ -222,7 +222,7 @@ class Shard:
         """Find the entry; return the source's digest, `found` if it is known, else if it had to be taken."""
         source, options = self.source, self.options
         found = found or cache.source_digest(stamp)
-        if found is None and cache.knows(fingerprint(source.file.memory)):
+        if found is None and cache.knows(source.fingerprint):
             found = known_digest(source, cache, options.threads or default_threads(), seen_ns)
         if found is None or options.mode == "refresh":
             return found

@@ -12,13 +12,14 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quantcache.cache.key import fingerprint
 from quantcache.errors import SourceError, SourceNotFoundError, UsageError
 from quantcache.loader.mapping import MappedFile
 from quantcache.loader.names import runtime_names
@@ -142,6 +143,11 @@ class Source:
         self.tensors = {info.name: info for info in header.tensors}
         #: the scheme by which tensors were renamed, with its version; part of what an entry's bytes depend on
         self.names = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What may tell its content from another's without reading all of it; see quantcache.cache.key."""
+        return fingerprint(self.file.memory)
 
     def reading(self) -> dict[str, Any]:
         """Return what an entry's bytes depend on beside the file's own: how its tensors are named, and its blocks decoded."""
