@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 import quantcache
 from quantcache import cli
+from quantcache.cache.locks import Lock
 from quantcache.cache.store import Cache
 from quantcache.errors import LockTimeoutError
 from quantcache.loader import model as model_module
@@ -579,7 +580,7 @@ def test_no_store_is_10(run: Run, store: Path, verb: str) -> None:
 def test_lock_timeout_is_11(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When another process builds the entry for too long, `warm` is 11: nothing was warmed."""
 
-    def acquire(self: Cache, name: str, done: Callable[[], bool]) -> Callable[[], None]:
+    def acquire(self: Cache, name: str, done: Callable[[str], bool]) -> Lock:
         raise LockTimeoutError("another process has been building this entry for over 0.1 s")
 
     monkeypatch.setattr(Cache, "acquire", acquire)

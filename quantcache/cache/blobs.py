@@ -10,11 +10,12 @@ import contextlib
 import errno
 import mmap
 import os
+import re
 import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ try:
 except ImportError:  # Windows: stale files are told by their age alone
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Reader", "StagedEntry", "StoredEntry", "quarantine", "remove_stale", "remove_stale_locks", "store_error"]
+__all__ = ["Reader", "StagedEntry", "StoredEntry", "quarantine", "remove_stale", "remove_stale_locks", "staged_path", "store_error"]
 
 #: What a staged file grows by at least, once a tensor needs more room than was planned; it is sparse.
 _EXTENSION = 64 << 20
@@ -185,12 +186,15 @@ class StagedEntry:
             self._maps.append((first, made))
             return made[start - first : start - first + slot.nbytes]
 
-    def publish(self, target: Path, *, document: Any, records: Any, built: Mapping[str, Any]) -> int:
+    def publish(
+        self, target: Path, *, document: Any, records: Any, built: Mapping[str, Any], announce: Callable[[str], None] = lambda _: None
+    ) -> int:
         """Make the entry visible and durable: header, fsync, rename, fsync of the folder.
 
         Args:
             target: its path in `entries/`.
             document, records, built: see the container.
+            announce: called with the name of the file in its folder once it is whole, and not durable yet.
 
         Returns:
             Length of the file.
@@ -212,6 +216,7 @@ class StagedEntry:
             if header is None:
                 header = self._rewrite(build_header(self.slots.values(), digests, **details))
             _write_all(self._descriptor, memoryview(header), 0)
+            announce(self._path.name)
             with span("sync", self._end):
                 os.fsync(self._descriptor)
             nbytes = os.fstat(self._descriptor).st_size
@@ -283,6 +288,15 @@ class StagedEntry:
 _MINE: set[str] = set()
 
 
+#: what _temp_path makes
+_TEMP_NAME = re.compile(r"\d+-[0-9a-f]{16}\.tmp")
+
+
+def staged_path(folder: Path, name: str) -> Path | None:
+    """Return the path of a staged file that somebody else has announced; None if that is no name of one."""
+    return folder / name if _TEMP_NAME.fullmatch(name) else None
+
+
 def _temp_path(folder: Path) -> Path:
     """Return a new name for a staged file of this process."""
     name = f"{os.getpid()}-{secrets.token_hex(8)}.tmp"
@@ -329,6 +343,7 @@ class StoredEntry:
         key: the key.
         path: the entry file.
         shared: it may belong to another user.
+        staged: where the file is, if it will only be moved to `path`.
 
     Raises:
         FileNotFoundError: there is none.
@@ -337,11 +352,11 @@ class StoredEntry:
         CacheError: it cannot be read.
     """
 
-    def __init__(self, key: str, path: Path, *, shared: bool = False) -> None:
+    def __init__(self, key: str, path: Path, *, shared: bool = False, staged: Path | None = None) -> None:
         self.key, self.path = key, path
         try:
             flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
-            descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a FIFO would wait for a writer
+            descriptor = os.open(staged or path, flags | getattr(os, "O_NONBLOCK", 0))  # a FIFO would wait for a writer
         except FileNotFoundError:
             raise
         except OSError as error:

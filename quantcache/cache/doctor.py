@@ -125,11 +125,11 @@ def _is_exclusive(path: Path) -> bool:
     except (OSError, LockTimeoutError):
         return True
     try:
-        locks.acquire(str(path), access=PRIVATE, timeout_s=0)()
+        locks.acquire(str(path), access=PRIVATE, timeout_s=0).release()
     except LockTimeoutError:
         return True
     finally:
-        first()
+        first.release()
     return False
 
 

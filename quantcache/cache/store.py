@@ -27,10 +27,18 @@ from typing import Any
 
 from quantcache.cache import locks
 from quantcache.cache import policy as policies
-from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale, store_error
+from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale, staged_path, store_error
 from quantcache.cache.container import Slot
 from quantcache.cache.explain import Explanation, explain
-from quantcache.cache.filesystem import PRIVATE, files_in, make_folders, prepare_root, sync_folder, tree_nbytes
+from quantcache.cache.filesystem import (
+    PRIVATE,
+    files_in,
+    is_network,
+    make_folders,
+    prepare_root,
+    sync_folder,
+    tree_nbytes,
+)
 from quantcache.cache.index import EntryRow
 from quantcache.cache.key import CONTAINER_VERSION, Stamp, canonical, key_of
 from quantcache.cache.settings import parse_share, parse_size, resolve
@@ -192,6 +200,25 @@ class Cache:
             return None
         return entry
 
+    def find_staged(self, document: Mapping[str, Any], name: str) -> StoredEntry | None:
+        """Return an entry that its builder has announced: whole, but not durable, and so not an entry of the store yet.
+
+        Its tensors must be checked before they are used. On a network file system another machine may have written it, of which
+        this one sees what it likes: there is none.
+
+        Args:
+            document: the key document.
+            name: as announced.
+        """
+        key, staged = key_of(document), staged_path(self.folder / "tmp", name)
+        if staged is None or is_network(self.folder):
+            return None
+        try:
+            entry = StoredEntry(key, self.path_of(key), shared=self.access.shared, staged=staged)
+        except (FileNotFoundError, CacheError):
+            return None
+        return entry if canonical(entry.header.document) == canonical(document) else None
+
     def damaged(self, key: str, why: str) -> bool:
         """Move a damaged entry out of the way and say so; return whether it could be moved."""
         moved = None if self.readonly else quarantine(self.path_of(key), self.folder / "quarantine")
@@ -252,21 +279,22 @@ class Cache:
     @contextlib.contextmanager
     def building(self, name: str) -> Iterator[None]:
         """Hold the lock of a build, see `acquire`."""
-        release = self.acquire(name)
+        lock = self.acquire(name)
         try:
             yield
         finally:
-            release()
+            lock.release()
 
-    def acquire(self, name: str, done: Callable[[], bool] = lambda: False) -> Callable[[], None]:
+    def acquire(self, name: str, done: Callable[[str], bool] = lambda _: False) -> locks.Lock:
         """Wait until no other process builds under this name; on file systems without locks, go on at once.
 
         Args:
             name: 32 hex digits.
-            done: whether another has built it meanwhile; nothing is locked then.
+            done: whether another has built it meanwhile; nothing is locked then. Asked with the name of what the other has
+                staged, once that is whole, and with "" once the other is done.
 
         Returns:
-            A function that gives the lock back, from any thread.
+            What holds the lock.
 
         Raises:
             LockTimeoutError: another process held it for longer than `lock_timeout_s`.
@@ -277,7 +305,7 @@ class Cache:
         try:
             return locks.acquire(path, access=self.access, timeout_s=self.lock_timeout_s, done=done)
         except OSError:
-            return lambda: None  # two writers waste work then, and never mix bytes
+            return locks.Lock()  # two writers waste work then, and never mix bytes
 
     def stage(self, slots: Iterable[Slot], records: Any) -> StagedEntry:
         """Reserve room for an entry, evicting others within the limits.
@@ -345,16 +373,22 @@ class Cache:
         return found | {"total": sum(found.values())}
 
     def publish(
-        self, staged: StagedEntry, *, document: Mapping[str, Any], records: Any, built: Mapping[str, Any]
+        self,
+        staged: StagedEntry,
+        *,
+        document: Mapping[str, Any],
+        records: Any,
+        built: Mapping[str, Any],
+        announce: Callable[[str], None] = lambda _: None,
     ) -> EntryRow:
-        """Make a staged entry visible, and write its row, which is returned.
+        """Make a staged entry visible, and write its row, which is returned; `announce` tells those that wait, see StagedEntry.
 
         Raises:
             CacheError: the disk refused; nothing is visible then.
         """
         key = key_of(document)
         path = self.path_of(key)
-        nbytes = staged.publish(path, document=document, records=records, built=built)
+        nbytes = staged.publish(path, document=document, records=records, built=built, announce=announce)
         row = row_of(key, nbytes, document, built, tensors_in(records, staged.slots), time.time())
         self.index.call(lambda index: index.put([row]), None)
         return row

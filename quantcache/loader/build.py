@@ -6,11 +6,10 @@ pipeline's lock.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +21,7 @@ from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.container import Slot
 from quantcache.cache.index import EntryRow
 from quantcache.cache.key import Stamp, digest
+from quantcache.cache.locks import Lock
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError
 from quantcache.loader.digests import DigestBehind
@@ -102,7 +102,7 @@ class Build:
         source, request, jobs: what to do.
         cache, staged: where it goes; None for memory.
         digest: of the source, if it is known already.
-        release: gives the lock of the build back.
+        lock: of the build.
         stamp, seen_ns: of the source.
     """
 
@@ -112,7 +112,7 @@ class Build:
     cache: Cache | None
     staged: StagedEntry | None
     digest: str | None
-    release: Callable[[], None] | None
+    lock: Lock | None
     stamp: Stamp
     seen_ns: int
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -147,10 +147,8 @@ class Build:
         with self._dropping:
             if self.staged is not None and self.row is None:
                 self.staged.discard()
-            release, self.release = self.release, None
-            if release:
-                with contextlib.suppress(Exception):
-                    release()
+            if self.lock is not None:
+                self.lock.release()
 
 
 def complete(tiles: list[tuple[Task, Tile]]) -> list[Task]:

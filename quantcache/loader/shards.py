@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from quantcache.cache.blobs import StagedEntry, StoredEntry
 from quantcache.cache.container import Slot
 from quantcache.cache.key import Stamp, canonical, digest
+from quantcache.cache.locks import Lock
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, StoreReadOnlyError
 from quantcache.loader.ahead import Check, Pool, Stored, read_ahead
@@ -174,7 +175,7 @@ class Shard:
             return
         stamp = Stamp.of(source.file.stat)
         found: str | None = None
-        release: Callable[[], None] | None = None
+        lock: Lock | None = None
         staged: StagedEntry | None = None
         jobs = None
         unsaved: CacheError | None = None
@@ -186,19 +187,20 @@ class Shard:
                 mark = source.fingerprint  # the digest may not be known before the build has taken it
                 name = digest(canonical([mark, request.key_document("", source.file.nbytes, source.reading())]).encode()).hex()
 
-                def served() -> bool:
+                def served(announced: str = "") -> bool:
                     nonlocal found
-                    found = self._look(cache, stamp, seen_ns, found)
+                    if not announced or options.verify != "off":  # what is not durable is used only if it is checked
+                        found = self._look(cache, stamp, seen_ns, found, announced)
                     return self.stored is not None
 
                 try:
-                    release = cache.acquire(name, served)
+                    lock = cache.acquire(name, served)
                     if self.stored is not None or served():
-                        release()
+                        lock.release()
                         return
                     jobs = plan(source, request)
                     staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
-                    self.build = Build(source, request, jobs, cache, staged, found, release, stamp, seen_ns)
+                    self.build = Build(source, request, jobs, cache, staged, found, lock, stamp, seen_ns)
                     return
                 except CacheError as error:
                     unsaved = error
@@ -206,8 +208,8 @@ class Shard:
                 except BaseException:
                     if staged is not None:
                         staged.discard()
-                    if release:
-                        release()
+                    if lock:
+                        lock.release()
                     raise
             else:
                 unsaved = StoreReadOnlyError(f"the store {cache.root} is read-only")
@@ -215,18 +217,19 @@ class Shard:
                     _unsaved(cache, source, unsaved)
         if jobs is None:
             jobs = plan(source, request)
-        self.build = Build(source, request, jobs, None, None, found, release, stamp, seen_ns)
+        self.build = Build(source, request, jobs, None, None, found, lock, stamp, seen_ns)
         self.build.unsaved = unsaved
 
-    def _look(self, cache: Cache, stamp: Stamp, seen_ns: int, found: str | None) -> str | None:
-        """Find the entry; return the source's digest, `found` if it is known, else if it had to be taken."""
+    def _look(self, cache: Cache, stamp: Stamp, seen_ns: int, found: str | None, announced: str = "") -> str | None:
+        """Find the entry, or what its builder has announced; return the source's digest, `found` if it is known, else if it had to be taken."""
         source, options = self.source, self.options
         found = found or cache.source_digest(stamp)
         if found is None and cache.knows(source.fingerprint):
             found = known_digest(source, cache, options.threads or default_threads(), seen_ns)
         if found is None or options.mode == "refresh":
             return found
-        entry = cache.find(self.request.key_document(found, source.file.nbytes, source.reading()))
+        document = self.request.key_document(found, source.file.nbytes, source.reading())
+        entry = cache.find_staged(document, announced) if announced else cache.find(document)
         if entry is not None:
             stored = Stored(entry, options.pool, check=options.verify != "off")
             if options.verify == "open" and not stored.intact(entry.header.slots):

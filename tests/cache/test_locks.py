@@ -25,13 +25,13 @@ def test_held_once(tmp_path: Path) -> None:
     with pytest.raises(LockTimeoutError):
         acquire(path, access=PRIVATE, timeout_s=0.1)
     assert time.monotonic() - start >= 0.1
-    threading.Timer(0.1, first).start()
+    threading.Timer(0.1, first.release).start()
     second = acquire(path, access=PRIVATE, timeout_s=10)
-    first()  # once more does nothing
+    first.release()  # once more does nothing
     with pytest.raises(LockTimeoutError):
         acquire(path, access=PRIVATE, timeout_s=0)
-    second()
-    acquire(path, access=PRIVATE, timeout_s=0)()
+    second.release()
+    acquire(path, access=PRIVATE, timeout_s=0).release()
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EACCES, errno.EIO])
@@ -52,11 +52,11 @@ def test_a_refusal_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_given_back_without_unlocking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unlock that the file system would refuse is not needed."""
     path = str(tmp_path / "a.lock")
-    release = acquire(path, access=PRIVATE, timeout_s=None)
+    lock = acquire(path, access=PRIVATE, timeout_s=None)
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
-    release()
+    lock.release()
     monkeypatch.undo()
-    acquire(path, access=PRIVATE, timeout_s=0)()
+    acquire(path, access=PRIVATE, timeout_s=0).release()
 
 
 def test_a_file_that_is_removed(tmp_path: Path) -> None:
@@ -69,22 +69,23 @@ def test_a_file_that_is_removed(tmp_path: Path) -> None:
     time.sleep(0.1)
     path.unlink()
     third = acquire(str(path), access=PRIVATE, timeout_s=0)
-    first()
+    first.release()
     time.sleep(0.2)
     assert not got
-    third()
+    third.release()
     waiter.join()
-    got[0]()
+    got[0].release()
 
 
 def test_those_who_waited_look_together(tmp_path: Path) -> None:
     """Nobody has to hold the lock to find that it is not needed any more; who finds nothing done gets it, one at a time."""
     path = str(tmp_path / "a.lock")
-    release = acquire(path, access=PRIVATE, timeout_s=None)
+    lock = acquire(path, access=PRIVATE, timeout_s=None)
     meeting = threading.Barrier(3)
     returned: list[Any] = []
 
-    def found() -> bool:
+    def found(announced: str) -> bool:
+        assert not announced
         meeting.wait(10)  # breaks unless all three look at the same time
         return True
 
@@ -95,7 +96,7 @@ def test_those_who_waited_look_together(tmp_path: Path) -> None:
         waiter.start()
     time.sleep(0.05)
     assert not returned
-    release()
+    lock.release()
     for waiter in waiters:
         waiter.join(10)
     assert len(returned) == 3
@@ -103,18 +104,54 @@ def test_those_who_waited_look_together(tmp_path: Path) -> None:
     inside: list[int] = []
 
     def build() -> None:
-        give_back = acquire(path, access=PRIVATE, timeout_s=10, done=lambda: False)
+        mine = acquire(path, access=PRIVATE, timeout_s=10, done=lambda _: False)
         inside.append(1)
         assert len(inside) == 1
         time.sleep(0.01)
         inside.pop()
-        give_back()
+        mine.release()
         returned.append(None)
 
     builders = [threading.Thread(target=build) for _ in range(4)]
     for builder in builders:
         builder.start()
-    held()
+    held.release()
     for builder in builders:
         builder.join(10)
     assert len(returned) == 7
+
+
+def test_what_the_holder_announces(tmp_path: Path) -> None:
+    """All that wait hear it while the lock is held, once; who gets the lock later hears nothing of it."""
+    path = str(tmp_path / "a.lock")
+    lock = acquire(path, access=PRIVATE, timeout_s=None)
+    heard: list[str] = []
+
+    def served(announced: str) -> bool:
+        heard.append(announced)
+        return announced == "second"
+
+    returned: list[Any] = []
+    waiters = [
+        threading.Thread(target=lambda: returned.append(acquire(path, access=PRIVATE, timeout_s=10, done=served))) for _ in range(2)
+    ]
+    for waiter in waiters:
+        waiter.start()
+    lock.announce("first")
+    while len(heard) < 2:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert heard == ["first", "first"]
+    assert not returned
+    lock.announce("second")
+    for waiter in waiters:
+        waiter.join(10)
+    assert len(returned) == 2
+    assert heard == ["first", "first", "second", "second"]
+    lock.release()
+    lock.announce("third")  # says nothing to nobody
+    second = acquire(path, access=PRIVATE, timeout_s=0)
+    with pytest.raises(LockTimeoutError):
+        acquire(path, access=PRIVATE, timeout_s=0.05, done=served)
+    assert len(heard) == 4
+    second.release()

@@ -319,7 +319,7 @@ def test_lock_timeout(tmp_path: Path) -> None:
         other = Cache(tmp_path / "s", lock_timeout_s=0.05)
         with pytest.raises(LockTimeoutError):
             other.acquire(name)
-    other.acquire(name)()
+    other.acquire(name).release()
 
 
 def test_use_times_survive_closing(store: Cache, put: Put) -> None:
@@ -333,3 +333,20 @@ def test_use_times_survive_closing(store: Cache, put: Put) -> None:
         stats = again.stats()
         assert (stats["hits"], stats["seconds_saved"]) == (5, 10.0)
         assert stats["bytes_served"] == 5 * entry.header.nbytes
+
+
+def test_what_is_announced_is_compared(store: Cache, content: Content) -> None:
+    """Between the last byte and the rename an entry is had by its name, for its own document only."""
+    document, data, seen = {"number": 7}, content(7, 10_000)["codes"], []
+
+    def announced(name: str) -> None:
+        for asked, told in ((document, name), ({"number": 8}, name), (document, f"../tmp/{name}"), (document, "1-0.tmp")):
+            entry = store.find_staged(asked, told)
+            seen.append(entry is not None and entry.intact("codes") and bytes(entry.view("codes")) == data.tobytes())
+        assert store.find(document) is None
+
+    staged = store.stage([Slot("codes", "U8", (10_000,), 10_000)], [])
+    staged.write("codes", 0, data)
+    store.publish(staged, document=document, records=[], built={}, announce=announced)
+    assert seen == [True, False, False, False]
+    assert store.find(document) is not None
