@@ -45,6 +45,8 @@ __all__ = ["Reader", "StagedEntry", "StoredEntry", "quarantine", "remove_stale",
 #: What a staged file grows by at least, once a tensor needs more room than was planned; it is sparse.
 _EXTENSION = 64 << 20
 _STALE_S = 24 * 3600.0
+#: What of an entry is read first; the header of some hundred tensors fits.
+_HEAD = 64 << 10
 #: A map starts at a multiple of this: 4 KiB on most machines, 16 or 64 KiB on some arm64 ones.
 _MAP_ALIGNMENT = max(ALIGNMENT, mmap.ALLOCATIONGRANULARITY)
 
@@ -370,11 +372,13 @@ class StoredEntry:
             self._file = found.st_dev, found.st_ino
             if not shared and hasattr(os, "getuid") and found.st_uid not in (os.getuid(), 0):
                 raise CacheError(f"entry {key} belongs to user {found.st_uid}", hint="remove it, or use --shared")
-            head = os.pread(descriptor, 8, 0)
-            length = int.from_bytes(head, "little")
+            head = os.pread(descriptor, _HEAD, 0)
+            length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length + 8 > found.st_size or length > MAX_HEADER:
                 raise CorruptEntryError(f"entry {key}: the file is cut or its length is wrong")
-            self.header: EntryHeader = parse_header(os.pread(descriptor, 8 + length, 0), found.st_size)
+            if length + 8 > len(head):
+                head += os.pread(descriptor, 8 + length - len(head), len(head))
+            self.header: EntryHeader = parse_header(head, found.st_size)
             self._map = mmap.mmap(descriptor, found.st_size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise store_error(f"cannot read entry {key}", error) from error

@@ -14,7 +14,7 @@ import xxhash
 
 from quantcache.errors import UsageError
 
-__all__ = ["CHUNK", "CONTAINER_VERSION", "Stamp", "Streamed", "canonical", "combine", "digest", "fingerprint", "key_of"]
+__all__ = ["CHUNK", "CONTAINER_VERSION", "Stamp", "Streamed", "canonical", "combine", "digest", "fingerprint", "key_of", "samples"]
 
 #: Raised whenever entry files change in a way that an older quantcache cannot read.
 CONTAINER_VERSION = 1
@@ -73,19 +73,22 @@ def combine(digests: list[bytes], size: int | None = None) -> str:
     return digest(b"".join(digests) + tail).hex()
 
 
+def samples(size: int) -> list[tuple[int, int]]:
+    """Return what of a file `fingerprint` reads, as (first byte, the one behind the last): 132 KiB."""
+    starts = [*((size * sample) // _SAMPLES for sample in range(_SAMPLES)), max(0, size - _SAMPLE)]
+    return [(0, min(size, _HEAD)), *((start, min(size, start + _SAMPLE)) for start in starts)]
+
+
 def fingerprint(memory: memoryview) -> str:
     """Return a digest of a file's size, head and samples, in hex: different means different content.
 
     Args:
-        memory: the whole file, mapped; 132 KiB of it are read.
+        memory: the whole file, mapped.
     """
     size = len(memory)
     state = xxhash.xxh3_128(size.to_bytes(8, "little"))
-    state.update(memory[:_HEAD])
-    for sample in range(_SAMPLES):
-        start = (size * sample) // _SAMPLES
-        state.update(memory[start : start + _SAMPLE])
-    state.update(memory[max(0, size - _SAMPLE) :])
+    for start, stop in samples(size):
+        state.update(memory[start:stop])
     found: str = state.hexdigest()
     return found
 

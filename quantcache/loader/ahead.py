@@ -12,6 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from quantcache.cache.blobs import Reader, StoredEntry
 from quantcache.cache.container import Slot
 from quantcache.cache.key import combine
 from quantcache.errors import SourceError
-from quantcache.loader.mapping import MappedFile, is_cached, populate
+from quantcache.loader.mapping import MappedFile, is_cached, populate, will_need
 from quantcache.quant.digest import digests
 from quantcache.trace import Profile, span, working_for
 
@@ -272,7 +273,9 @@ class Stored:
         """Return whether tensors are what was stored, once they are in memory; True at once if that is not checked."""
         if not self._check:
             return True
-        big = []
+        keys, big = list(keys), []
+        if self._is_cold:
+            self._ask_for(keys)
         for key in keys:
             if key in self._fine:
                 continue
@@ -287,6 +290,18 @@ class Stored:
         with self._lock:
             wanted = list(dict.fromkeys(self._tensors.get(key) or self._bringing([key]) for key in big))
         return not wanted or self._pool.wait(wanted)
+
+    @cached_property
+    def _is_cold(self) -> bool:
+        """Whether some of the entry had to come from disk when something was first asked of it."""
+        return not is_cached(self._address, len(self.entry.memory))
+
+    def _ask_for(self, keys: list[str]) -> None:
+        """Have what is small of a cold tensor read at once, and no more than that: each fault would read megabytes around itself."""
+        slots, offsets = self.entry.header.slots, self.entry.header.offsets
+        for key in keys:
+            if key not in self._fine and key not in self._tensors and slots[key].nbytes < _PIECE:
+                will_need(self._address + offsets[key], slots[key].nbytes)
 
     def unchecked(self, key: str) -> Check | None:
         """Return a check that somebody else may do who is to read all of a tensor anyway; None if there is nothing to check.

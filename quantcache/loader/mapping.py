@@ -23,10 +23,13 @@ from quantcache.quant import native
 from quantcache.quant.native import Calls
 from quantcache.trace import span
 
-__all__ = ["MappedFile", "is_cached", "populate"]
+__all__ = ["MappedFile", "is_cached", "populate", "will_need"]
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; not yet a constant of the mmap module
 _PAGE = mmap.PAGESIZE
+#: What of a file is read at once when it is opened, since a header stands there: a fault of a cold one reads as much around itself as
+#: the disk's settings say, up to megabytes, and waits for all of it.
+_HEAD = 64 << 10
 
 
 @cache
@@ -71,6 +74,13 @@ def populate(address: int, nbytes: int) -> int:
         return 0
     code = ctypes.get_errno()
     return code if code in (errno.EFAULT, errno.EIO, getattr(errno, "EHWPOISON", -1)) else 0
+
+
+def will_need(address: int, nbytes: int) -> None:
+    """Have the system read mapped pages into the page cache, those and no others, without waiting for them."""
+    madvise, start = _madvise(), address // _PAGE * _PAGE
+    if madvise is not None and nbytes:
+        madvise(start, address + nbytes - start, mmap.MADV_WILLNEED)
 
 
 def is_cached(address: int, nbytes: int) -> bool:
@@ -128,6 +138,7 @@ class MappedFile:
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         #: of the first byte
         self.address: int = self.bytes.__array_interface__["data"][0]
+        self.will_need(0, min(self.nbytes, _HEAD))
 
     @property
     def nbytes(self) -> int:
@@ -170,9 +181,7 @@ class MappedFile:
 
     def will_need(self, offset: int, nbytes: int) -> None:
         """Have the system read a range into the page cache, without waiting for it."""
-        madvise, start = _madvise(), (self.address + offset) // _PAGE * _PAGE
-        if madvise is not None and nbytes:
-            madvise(start, self.address + offset + nbytes - start, mmap.MADV_WILLNEED)
+        will_need(self.address + offset, nbytes)
 
     @property
     def is_cold(self) -> bool:

@@ -49,6 +49,9 @@ __all__ = ["Model", "TensorReport", "load"]
 Array = NDArray[Any]
 Tensor = QuantTensor | Array
 
+#: Bytes that `layers` has read ahead, if they are not of one layer: what keeps a disk busy while a small layer is worked with.
+_AHEAD = 32 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
@@ -157,11 +160,16 @@ class Model(Mapping[str, Tensor]):
     def layers(self) -> Iterator[dict[str, Tensor]]:
         """Yield the tensors of one layer after the other: embeddings, numbered layers, the rest.
 
-        The first is usable before later ones are ready. While a layer is worked with, the next one is read and checked.
+        The first is usable before later ones are ready. While a layer is worked with, the next one is read and checked; of small
+        ones, several.
         """
         layers = self.in_layers()
-        for names, following in zip(layers, [*layers[1:], []], strict=True):
-            self.prefetch(following)
+        ahead, nbytes = 1, [0] * len(layers)
+        for number, names in enumerate(layers):
+            while ahead < len(layers) and (ahead <= number + 1 or sum(nbytes[number + 1 : ahead]) < _AHEAD):
+                self.prefetch(layers[ahead])
+                nbytes[ahead] = sum(self._home[name].stored_nbytes(name) for name in layers[ahead])
+                ahead += 1
             yield {name: self[name] for name in names}
 
     def in_layers(self) -> list[list[str]]:

@@ -83,6 +83,14 @@ class Shard:
         stored = list(self.records) if self.stored else [job.info.name for job in self.build.jobs] if self.build else []
         return [*stored, *self.native]
 
+    def stored_nbytes(self, name: str) -> int:
+        """Return how much there is to read of a tensor; 0 if it is being built."""
+        if name in self.native:
+            return self.native[name].nbytes
+        if self.stored is None:
+            return 0
+        return sum(self.stored.entry.header.slots[key].nbytes for key in self.records[name]["parts"].values())
+
     def read_ahead(self, names: Iterable[str]) -> None:
         """Begin to bring tensors into memory, and to check them; a build is at it anyway."""
         keys, infos = [], []

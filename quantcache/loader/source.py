@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from quantcache.cache.key import fingerprint
+from quantcache.cache.key import fingerprint, samples
 from quantcache.errors import SourceError, SourceNotFoundError, UsageError
 from quantcache.loader.mapping import MappedFile
 from quantcache.loader.names import runtime_names
@@ -147,6 +147,8 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """What may tell its content from another's without reading all of it; see quantcache.cache.key."""
+        for start, stop in samples(self.file.nbytes):  # all at once: a cold file would have each fault read megabytes around itself
+            self.file.will_need(start, stop - start)
         return fingerprint(self.file.memory)
 
     def reading(self) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_not_damaged(store: Cache, put: Put, monkeypatch:
     real = os.pread
 
     def pread(descriptor: int, n: int, at: int) -> bytes:
-        if n == 8:
+        if at == 0:
             raise OSError(5, "Input/output error")
         return real(descriptor, n, at)
 

@@ -289,3 +289,35 @@ def test_no_descriptor_is_left(model_path: Path, tmp_path: Path, monkeypatch: py
     assert held() == opened + 1
     model.close()
     assert held() == opened
+
+
+def test_layers_reads_small_ones_ahead(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a layer is worked with the next one is read, and more of them as long as they are few bytes together."""
+    qc.load(model_path, "int8", cache=tmp_path / "c").close()
+    for nbytes, most in ((0, 1), (1, 1), (6 << 20, 2), (1 << 30, LAYERS)):
+        monkeypatch.setattr("quantcache.loader.model._AHEAD", nbytes)
+        asked: list[str] = []
+        monkeypatch.setattr(qc.Model, "prefetch", lambda _, names, asked=asked: asked.extend(names))
+        with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+            for number, layer in enumerate(model.layers()):
+                assert list(layer) == [f"blocks.{number}.a.weight"]
+                assert asked == [f"blocks.{n}.a.weight" for n in range(1, min(number + most, LAYERS - 1) + 1)]
+
+
+def test_what_is_small_of_a_cold_tensor_is_asked_for(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that are checked where they are mapped are read first, those bytes and no others; nothing is asked of a warm entry."""
+    qc.load(model_path, "int8", cache=tmp_path / "c").close()
+    for cold in (True, False):
+        asked: list[tuple[int, int]] = []
+        monkeypatch.setattr(ahead, "is_cached", lambda *_, cold=cold: not cold)
+        monkeypatch.setattr(ahead, "will_need", lambda *given, asked=asked: asked.append(given))
+        with qc.load(model_path, "int8", cache=tmp_path / "c") as model:
+            assert model.hit
+            stored = model._shards[0].stored
+            assert stored is not None
+            _ = model["blocks.1.a.weight"]
+            _ = model["blocks.1.a.weight"]
+            header = stored.entry.header
+            small = [f"blocks.1.a.{part}" for part in ("biases", "scales")]
+            expected = [(stored._address + header.offsets[key], header.slots[key].nbytes) for key in small]
+            assert sorted(asked) == sorted(expected if cold else [])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import sys
 from pathlib import Path
 
 import gguf
@@ -11,7 +14,10 @@ import numpy as np
 import pytest
 from safetensors import numpy as library
 
+from quantcache.cache.key import fingerprint
 from quantcache.errors import SourceError, SourceNotFoundError
+from quantcache.loader import mapping
+from quantcache.loader.mapping import MappedFile
 from quantcache.loader.source import Source, open_checkpoint
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -235,3 +241,23 @@ def test_file_cut_while_open(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="shorter") as caught:
         source.file.populate(info.offset, info.nbytes)
     assert (caught.value.path, caught.value.offset) == (path, info.offset)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux which pages are in memory")
+def test_a_cold_file_is_not_read_for_its_header(tmp_path: Path) -> None:
+    """Opening a file and taking its fingerprint reads the header and the samples; a fault alone would read megabytes around itself."""
+    path, nbytes = tmp_path / "m.safetensors", 64 << 20
+    library.save_file({"a.weight": np.random.default_rng().integers(0, 256, nbytes, np.uint8)}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    mincore = mapping._mincore()
+    state = ctypes.create_string_buffer(-(-path.stat().st_size // mmap.PAGESIZE))
+    before = MappedFile(path)
+    assert mincore(before.address, before.nbytes, state) == 0
+    if sum(state.raw) * mmap.PAGESIZE > 1 << 20:
+        pytest.skip("files stay in memory here")
+    source = Source(path)
+    assert source.fingerprint == fingerprint(source.file.memory)
+    assert mincore(before.address, before.nbytes, state) == 0
+    assert 132 << 10 <= sum(state.raw) * mmap.PAGESIZE < 1 << 20
