@@ -6,11 +6,13 @@ reports a bad sector or a truncated file where a touch would kill. Knows no form
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,12 @@ class MappedFile:
     def will_need(self, offset: int, nbytes: int) -> None:
         """Have the system read a range into the page cache, without waiting for it."""
         will_need(self.address + offset, nbytes)
+
+    def begin_reading(self, nbytes: int) -> None:
+        """Have the first bytes of a cold file read, and return at once: even to ask for that many takes milliseconds."""
+        if self.is_cold:
+            with contextlib.suppress(RuntimeError):  # no more threads here
+                threading.Thread(target=self.will_need, args=(0, min(nbytes, self.nbytes)), name="quantcache-ahead", daemon=True).start()
 
     @property
     def is_cold(self) -> bool:

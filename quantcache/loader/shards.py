@@ -33,6 +33,9 @@ __all__ = ["DamagedError", "Options", "Shard"]
 
 Array = NDArray[Any]
 
+#: Bytes that a cold disk may read while the plan is made.
+_BEFORE_PLAN = 32 << 20
+
 
 @dataclass(frozen=True)
 class Options:
@@ -206,7 +209,7 @@ class Shard:
                     if self.stored is not None or served():
                         lock.release()
                         return
-                    jobs = plan(source, request)
+                    jobs = self._plan()
                     staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
                     self.build = Build(source, request, jobs, cache, staged, found, lock, stamp, seen_ns)
                     return
@@ -224,9 +227,13 @@ class Shard:
                 if options.mode != "readonly":
                     _unsaved(cache, source, unsaved)
         if jobs is None:
-            jobs = plan(source, request)
+            jobs = self._plan()
         self.build = Build(source, request, jobs, None, None, found, lock, stamp, seen_ns)
         self.build.unsaved = unsaved
+
+    def _plan(self) -> list[Job]:
+        self.source.file.begin_reading(_BEFORE_PLAN)
+        return plan(self.source, self.request)
 
     def _look(self, cache: Cache, stamp: Stamp, seen_ns: int, found: str | None, announced: str = "") -> str | None:
         """Find the entry, or what its builder has announced; return the source's digest, `found` if it is known, else if it had to be taken."""

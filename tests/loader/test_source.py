@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -245,7 +246,7 @@ def test_file_cut_while_open(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux which pages are in memory")
 def test_a_cold_file_is_not_read_for_its_header(tmp_path: Path) -> None:
-    """Opening a file and taking its fingerprint reads the header and the samples; a fault alone would read megabytes around itself."""
+    """Opening a file and taking its fingerprint reads header and samples, where a fault reads megabytes around itself; a miss reads on."""
     path, nbytes = tmp_path / "m.safetensors", 64 << 20
     library.save_file({"a.weight": np.random.default_rng().integers(0, 256, nbytes, np.uint8)}, path)
     with path.open("rb") as file:
@@ -261,3 +262,10 @@ def test_a_cold_file_is_not_read_for_its_header(tmp_path: Path) -> None:
     assert source.fingerprint == fingerprint(source.file.memory)
     assert mincore(before.address, before.nbytes, state) == 0
     assert 132 << 10 <= sum(state.raw) * mmap.PAGESIZE < 1 << 20
+    source.file.begin_reading(8 << 20)
+    until = time.monotonic() + 20
+    while sum(state.raw) * mmap.PAGESIZE < 8 << 20:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+        assert mincore(before.address, before.nbytes, state) == 0
+    assert sum(state.raw) * mmap.PAGESIZE < 10 << 20
