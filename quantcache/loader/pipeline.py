@@ -384,7 +384,10 @@ class Pipeline:
                     task.done = True
                     task.build.left -= 1
                 self._done_tensors += len(done)
-                self._wake()
+                if any(task.awaited for task in done):
+                    self._done.notify_all()
+                if any(task.build.left == 0 for task in done):
+                    self._todo.notify_all()
                 now = time.monotonic()
                 handed = any(task.awaited for task in done) and now - self._handed_s > _HAND_OVER_EVERY_S
                 if handed:
