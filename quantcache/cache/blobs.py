@@ -288,8 +288,6 @@ class StagedEntry:
 
 #: names of the files that this process stages: a number of a process does not tell them from those of a dead one
 _MINE: set[str] = set()
-
-
 #: what _temp_path makes
 _TEMP_NAME = re.compile(r"\d+-[0-9a-f]{16}\.tmp")
 

@@ -25,8 +25,6 @@ __all__ = ["Lock", "acquire"]
 
 #: How often a lock is asked for: a thousand waiters would cost a core then.
 _POLL_S = 0.004
-
-
 #: Bytes of an announcement, at most.
 _ANNOUNCED = 256
 
@@ -117,7 +115,7 @@ def _wait(descriptor: int, until_s: float | None, timeout_s: float | None, done:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         if not looked and (announced := _announced(descriptor)) != heard:
             heard = announced
-            if done(heard):
+            if heard and done(heard):
                 return False
     raise LockTimeoutError(f"another process has been building this entry for over {timeout_s} s", hint="wait for it, or raise --lock-timeout")
 

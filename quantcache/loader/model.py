@@ -164,12 +164,16 @@ class Model(Mapping[str, Tensor]):
         ones, several.
         """
         layers = self.in_layers()
-        ahead, nbytes = 1, [0] * len(layers)
+        sizes, ahead, coming = [0] * len(layers), 1, 0
         for number, names in enumerate(layers):
-            while ahead < len(layers) and (ahead <= number + 1 or sum(nbytes[number + 1 : ahead]) < _AHEAD):
-                self.prefetch(layers[ahead])
-                nbytes[ahead] = sum(self._home[name].stored_nbytes(name) for name in layers[ahead])
+            coming -= sizes[number]
+            wanted: list[str] = []
+            while ahead < len(layers) and (ahead <= number + 1 or 0 < coming < _AHEAD):
+                wanted += layers[ahead]
+                sizes[ahead] = sum(self._home[name].stored_nbytes(name) for name in layers[ahead])
+                coming += sizes[ahead]
                 ahead += 1
+            self.prefetch(wanted)
             yield {name: self[name] for name in names}
 
     def in_layers(self) -> list[list[str]]:

@@ -384,15 +384,15 @@ class Pipeline:
                     task.done = True
                     task.build.left -= 1
                 self._done_tensors += len(done)
-                if any(task.awaited for task in done):
-                    self._done.notify_all()
                 if any(task.build.left == 0 for task in done):
                     self._todo.notify_all()
-                now = time.monotonic()
-                handed = any(task.awaited for task in done) and now - self._handed_s > _HAND_OVER_EVERY_S
-                if handed:
+                awaited, now = any(task.awaited for task in done), time.monotonic()
+                if awaited:
+                    self._done.notify_all()
+                awaited = awaited and now - self._handed_s > _HAND_OVER_EVERY_S
+                if awaited:
                     self._handed_s = now
-            if handed:  # all cores are busy: whoever waited would get one when the system next takes it from a thread
+            if awaited:  # all cores are busy: whoever waited would get one when the system next takes it from a thread
                 time.sleep(_HAND_OVER_S)
         for task in ended:
             if task.refused is not None:

@@ -248,8 +248,9 @@ class Shard:
         if entry is not None:
             stored = Stored(entry, options.pool, check=options.verify != "off")
             if options.verify == "open" and not stored.intact(entry.header.slots):
-                wrong = next((key for key in entry.header.slots if not stored.intact([key])), "")
-                cache.damaged(entry.key, f"tensor {wrong!r} is not what was stored")
+                if not announced:  # else it is not in the store yet: who built it will say what became of it
+                    wrong = next((key for key in entry.header.slots if not stored.intact([key])), "")
+                    cache.damaged(entry.key, f"tensor {wrong!r} is not what was stored")
                 return found
             self.stored, self.records = stored, {record["name"]: record for record in entry.header.records}
         return found

@@ -33,10 +33,10 @@ __all__ = ["GpuModel", "upload"]
 
 #: Bytes of the buffers that a whole model comes in.
 _BUNDLE = 1 << 30
-#: Steps that checks are ahead, for each thread.
-_AHEAD = 2
+#: Steps that checks are ahead, for each thread: while a buffer is made nothing is moved, and checks go on.
+_AHEAD = 8
 #: Layers that a lazy model without a budget brings ahead: with one, threads would wait at the end of each for its last steps.
-_LAYERS_AHEAD = 2
+_LAYERS_AHEAD = 3
 #: More threads than that gain nothing: docs/decisions/0012-gpu.md.
 _MAX_THREADS = 8
 
@@ -397,13 +397,15 @@ class GpuModel(Mapping[str, GpuTensor]):
             places[name] = {part.name: (there[part.name],) if part.name in there else places[name][part.name] for part in parts[name]}
             home.share(buffer for buffer, _, _ in there.values())
         arriving = _Arriving(group, home, places, spans, mapped)
+        if arriving.units:  # the threads that move may still be at the layer before, or wait for a buffer
+            self._check_ahead(arriving, 0)
         arriving.steps = [self._pool.submit(self._step, arriving, number) for number in range(len(arriving.units))]
         return arriving
 
     def _check_ahead(self, arriving: _Arriving, number: int) -> Future[dict[str, Parts]]:
         """Return the check of a step; it was begun a few steps before, as those behind it are now.
 
-        One thread that checked and moved would keep the bus waiting; one that is further ahead would find its pages gone again.
+        One thread that checked and moved would keep the bus waiting; one that is far ahead might find its pages gone again.
         """
         with arriving.lock:
             while len(arriving.checks) < min(len(arriving.units), number + 1 + _AHEAD * self._threads):
