@@ -31,6 +31,7 @@ from quantcache.cache.container import (
     slot_digest,
 )
 from quantcache.cache.filesystem import PRIVATE, Access, allocate, files_in, make_folders, sync_folder
+from quantcache.cache.keeping import keep
 from quantcache.cache.key import combine, digest
 from quantcache.errors import CacheError, CorruptEntryError, StoreReadOnlyError
 from quantcache.trace import span
@@ -219,8 +220,7 @@ class StagedEntry:
                 header = self._rewrite(build_header(self.slots.values(), digests, **details))
             _write_all(self._descriptor, memoryview(header), 0)
             announce(self._path.name)
-            with span("sync", self._end):
-                os.fsync(self._descriptor)
+            self._sync()
             nbytes = os.fstat(self._descriptor).st_size
             make_folders(target.parent.parent, [target.parent.name], self._access)
             self._still_wanted()
@@ -234,6 +234,16 @@ class StagedEntry:
             raise store_error("cannot publish the entry", error) from error
         self._close()
         return nbytes
+
+    def _sync(self) -> None:
+        try:
+            with span("sync", self._end):
+                os.fsync(self._descriptor)
+        except OSError:
+            for mapped in (self._main, *(view.obj for _, view in self._maps)):
+                if isinstance(mapped, mmap.mmap):
+                    keep(mapped)
+            raise
 
     def _rewrite(self, header: bytearray) -> bytearray:
         """Copy the tensors to where they belong, into a second file that takes this one's place."""
@@ -400,6 +410,19 @@ class StoredEntry:
         except OSError:
             return False
         return (now.st_dev, now.st_ino) != self._file
+
+    def stands(self) -> bool:
+        """Return whether the path leads to this file."""
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return False
+        return (now.st_dev, now.st_ino) == self._file
+
+    def keep(self) -> list[str]:
+        """Make the bytes memory of this process, where they are; return the tensors that are not what was stored."""
+        keep(self._map)
+        return [key for key in self.header.slots if not self.intact(key)]
 
     def intact(self, key: str) -> bool:
         """Return whether a tensor's bytes have the digest that was recorded when they were made."""

@@ -37,7 +37,7 @@ class Lock:
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
-        self._held = [] if descriptor is None else [descriptor]
+        self._held, self._process = [] if descriptor is None else [descriptor], os.getpid()
         self._guard = threading.Lock()
 
     def announce(self, text: str) -> None:
@@ -50,8 +50,12 @@ class Lock:
         """Give it back, from any thread, once or often; that cannot fail."""
         with self._guard:
             while self._held:
+                descriptor = self._held.pop()
+                if self._process == os.getpid():  # a child of fork that still has it open would hold it; and must not give it back itself
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(descriptor, fcntl.LOCK_UN)
                 with contextlib.suppress(OSError):  # closing gives the lock back, whatever it says
-                    os.close(self._held.pop())
+                    os.close(descriptor)
 
 
 def acquire(path: str, *, access: Access, timeout_s: float | None, done: Callable[[str], bool] = lambda _: False) -> Lock:
@@ -85,14 +89,13 @@ def acquire(path: str, *, access: Access, timeout_s: float | None, done: Callabl
                 return Lock()
             # somebody may have removed the file before it was locked: the lock of another one is nobody's
             if _same_file(descriptor, path):
-                break
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, 0)  # what the last one announced
+                return Lock(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
-    with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)  # what the last one announced
-    return Lock(descriptor)
 
 
 def _wait(descriptor: int, until_s: float | None, timeout_s: float | None, done: Callable[[str], bool]) -> bool:

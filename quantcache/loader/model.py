@@ -329,13 +329,15 @@ class Model(Mapping[str, Tensor]):
     @property
     def keys_in_store(self) -> list[str]:
         """Keys of the entries that serve this model; complete once it is closed."""
-        served = [shard.entry or (shard.build.row if shard.build else None) for shard in self._shards]
+        served = [shard.entry or (shard.build.row if shard.build else None) for shard in self._shards if not shard.early or shard.early.stored]
         return [found.key for found in served if found is not None]
 
     @property
     def unsaved(self) -> list[CacheError]:
         """Why parts of the model are not stored; complete once it is closed."""
-        return [shard.build.unsaved for shard in self._shards if shard.build and shard.build.unsaved]
+        unsaved = [shard.build.unsaved for shard in self._shards if shard.build and shard.build.unsaved]
+        lost = [shard.source.path.name for shard in self._shards if shard.early and shard.early.stored is False]
+        return unsaved + [CacheError(f"{name}: who built it did not store it", hint="the next load builds it") for name in lost]
 
     @property
     def phases(self) -> dict[str, float]:
@@ -352,6 +354,9 @@ class Model(Mapping[str, Tensor]):
         """
         for pipeline in self._pipelines:
             pipeline.finish()
+        for shard in self._shards:
+            if shard.early is not None:
+                shard.early.settle()
 
     def close(self) -> None:
         """Wait until what was quantized is stored; tensors handed out stay valid.
@@ -493,7 +498,7 @@ def load(
             for source in sources:
                 shard = Shard(source, options)
                 shards.append(shard)
-                shard.start(store, seen_ns)
+                shard.start(store, seen_ns, first=len(shards) == 1)
             model = Model(Path(path), shards, store, options, own=own)
         except BaseException:
             for shard in shards:

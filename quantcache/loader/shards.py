@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from quantcache.cache.blobs import StagedEntry, StoredEntry
 from quantcache.cache.container import Slot
+from quantcache.cache.keeping import Early
 from quantcache.cache.key import Stamp, canonical, digest
 from quantcache.cache.locks import Lock
 from quantcache.cache.store import Cache
@@ -72,6 +73,8 @@ class Shard:
         self.stored: Stored | None = None
         self.records: dict[str, dict[str, Any]] = {}
         self.build: Build | None = None
+        #: of an entry that serves it, and is not durable yet
+        self.early: Early | None = None
         self.pipeline: Pipeline | None = None
         self.lock = threading.RLock()
         self._asked: set[str] = set()  # native tensors that were read ahead
@@ -90,21 +93,23 @@ class Shard:
         """Return how much there is to read of a tensor; 0 if it is being built."""
         if name in self.native:
             return self.native[name].nbytes
-        if self.stored is None:
+        stored, records = self.stored, self.records  # another thread may just find it damaged
+        if stored is None:
             return 0
-        return sum(self.stored.entry.header.slots[key].nbytes for key in self.records[name]["parts"].values())
+        return sum(stored.entry.header.slots[key].nbytes for key in records[name]["parts"].values())
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Begin to bring tensors into memory, and to check them; a build is at it anyway."""
         keys, infos = [], []
+        stored, records = self.stored, self.records
         for name in names:
             if name in self.native and name not in self._asked:
                 self._asked.add(name)
                 infos.append(self.native[name])
-            elif self.stored is not None and name in self.records:
-                keys += self.records[name]["parts"].values()
-        if keys and self.stored is not None:
-            self.stored.read_ahead(keys)
+            elif stored is not None and name in records:
+                keys += records[name]["parts"].values()
+        if keys and stored is not None:
+            stored.read_ahead(keys)
         read_ahead(self.source.file, [(info.offset, info.nbytes) for info in infos], self.options.pool)
 
     def arrays(self, name: str) -> tuple[dict[str, Any], dict[str, Array]] | None:
@@ -168,15 +173,16 @@ class Shard:
         """Move the entry that serves it out of the way; return whether that could be done, or somebody else did it."""
         entry = self.entry
         assert entry is not None
-        self.stored = None
+        self.stored = self.early = None
         return entry.replaced() or cache.damaged(entry.key, why)
 
-    def start(self, cache: Cache | None, seen_ns: int) -> None:
+    def start(self, cache: Cache | None, seen_ns: int, *, first: bool = False) -> None:
         """Find the entry, or prepare the build that makes it.
 
         Args:
             cache: where; None for memory.
             seen_ns: when the source was opened, since the epoch.
+            first: a cold disk may read its first bytes meanwhile.
 
         Raises:
             SourceError: it cannot be read.
@@ -202,14 +208,19 @@ class Shard:
                     nonlocal found
                     if not announced or options.verify != "off":  # what is not durable is used only if it is checked
                         found = self._look(cache, stamp, seen_ns, found, announced)
+                    if announced and self.stored is not None:
+                        self.early = Early(self.stored.entry, built, cache.complain)
                     return self.stored is not None
+
+                def built() -> None:
+                    cache.acquire(name, lambda announced: not announced).release()
 
                 try:
                     lock = cache.acquire(name, served)
                     if self.stored is not None or served():
                         lock.release()
                         return
-                    jobs = self._plan()
+                    jobs = self._plan(first=first)
                     staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
                     self.build = Build(source, request, jobs, cache, staged, found, lock, stamp, seen_ns)
                     return
@@ -227,12 +238,13 @@ class Shard:
                 if options.mode != "readonly":
                     _unsaved(cache, source, unsaved)
         if jobs is None:
-            jobs = self._plan()
+            jobs = self._plan(first=first)
         self.build = Build(source, request, jobs, None, None, found, lock, stamp, seen_ns)
         self.build.unsaved = unsaved
 
-    def _plan(self) -> list[Job]:
-        self.source.file.begin_reading(_BEFORE_PLAN)
+    def _plan(self, *, first: bool) -> list[Job]:
+        if first:
+            self.source.file.begin_reading(_BEFORE_PLAN)
         return plan(self.source, self.request)
 
     def _look(self, cache: Cache, stamp: Stamp, seen_ns: int, found: str | None, announced: str = "") -> str | None:

@@ -67,7 +67,7 @@ def _warm(options: argparse.Namespace, output: Output) -> int:
             quantized = sum(r.codec not in ("keep", "native", "f16") for r in reports)
             passed = bool(reports) and all(r.codec == "native" for r in reports)
             saved = bool(model.keys_in_store) or passed
-            state = "hit" if model.hit else "built" if saved else "not saved"
+            state = "not saved" if not saved else "hit" if model.hit else "built"
             failed += not saved
             if not saved and model.unsaved:
                 code = model.unsaved[0].exit_code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -155,3 +156,45 @@ def test_what_the_holder_announces(tmp_path: Path) -> None:
         acquire(path, access=PRIVATE, timeout_s=0.05, done=served)
     assert len(heard) == 4
     second.release()
+
+
+def test_interrupted_once_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the last moment loses no lock: the next one gets it."""
+    path = str(tmp_path / "a.lock")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "ftruncate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        acquire(path, access=PRIVATE, timeout_s=None)
+    monkeypatch.undo()
+    acquire(path, access=PRIVATE, timeout_s=0).release()
+
+
+def test_children_neither_hold_nor_give_back(tmp_path: Path) -> None:
+    """A child of fork has the descriptor, too: it keeps nobody from the lock once its parent gave it back, and cannot give it back itself."""
+    path = str(tmp_path / "a.lock")
+    lock = acquire(path, access=PRIVATE, timeout_s=None)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        lock.release()
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    os.close(reading)
+    time.sleep(0.05)
+    with pytest.raises(LockTimeoutError):
+        acquire(path, access=PRIVATE, timeout_s=0)
+    other = os.fork()
+    if not other:
+        os.close(writing)
+        time.sleep(20)
+        os._exit(0)
+    lock.release()
+    acquire(path, access=PRIVATE, timeout_s=0).release()
+    os.close(writing)
+    os.kill(other, signal.SIGKILL)
+    for pid in (child, other):
+        os.waitpid(pid, 0)

@@ -233,6 +233,32 @@ def test_a_bad_sector_under_half_of_a_tensor(device: Any, tmp_path: Path, monkey
         assert there(found["w.weight"]) == right
 
 
+def test_an_upload_that_stops_checks_no_further(device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks that were queued ahead are dropped when an upload fails, or is interrupted: whoever waits is answered soon."""
+    from quantcache.loader.gpu import upload
+
+    monkeypatch.setattr(steps, "_STEP", 16 << 10)
+    monkeypatch.setattr(upload, "_BUNDLE", 256 << 10)
+    path = tmp_path / "m.safetensors"
+    save_file({f"blocks.{n}.weight": np.random.default_rng().standard_normal((256, 512)).astype(np.float16) for n in range(150)}, path)
+    qc.load(path, "nf4", cache=tmp_path / "c").close()
+    checked: list[int] = []
+
+    def populate(*_: int) -> int:
+        checked.append(1)
+        time.sleep(0.01)
+        return 0
+
+    def put(*_: Any) -> None:
+        raise qc.DeviceError("no")
+
+    monkeypatch.setattr(upload, "populate", populate)
+    monkeypatch.setattr(qc.gpu.GpuModel, "_put", put)
+    with qc.load(path, "nf4", cache=tmp_path / "c") as model, pytest.raises(qc.DeviceError, match="no"):
+        model.upload(device, threads=2)
+    assert len(checked) < 100  # of 450
+
+
 def test_budget(device: Any, path: Path, tmp_path: Path) -> None:
     """The least recently used layers leave; what somebody holds stays valid; a budget that takes no layer is refused."""
     with qc.load(path, "nf4", cache=tmp_path / "c") as model:
@@ -250,9 +276,9 @@ def test_budget(device: Any, path: Path, tmp_path: Path) -> None:
             found["blocks.0.a.weight"]
 
 
-@pytest.mark.parametrize(("budget", "ahead"), [(None, 2), (1 << 30, 1)])
+@pytest.mark.parametrize(("budget", "ahead"), [(None, 3), (1 << 30, 1)])
 def test_layers_come_ahead(device: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None, ahead: int) -> None:
-    """While a layer is used the next two are on their way, in order; with a budget one. Each is brought once."""
+    """While a layer is used the next three are on their way, in order; with a budget one. Each is brought once."""
     with qc.load(path, "nf4", cache=tmp_path / "c") as model, model.upload(device, lazy=True, budget=budget) as found:
         begun: list[int] = []
         enough, real = threading.Event(), found._begin
@@ -573,8 +599,8 @@ def test_many_threads_and_a_damaged_entry(device: Any, path: Path, tmp_path: Pat
     damage(tmp_path, -5000)
     real = shards.Shard.start
 
-    def start(self: Any, *given: Any) -> None:
-        real(self, *given)
+    def start(self: Any, *given: Any, **how: Any) -> None:
+        real(self, *given, **how)
         if self.build is not None:
             threading.Event().wait(0.3)
 

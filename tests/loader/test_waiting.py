@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import quantcache as qc
+from quantcache import cli
 from quantcache.cache import key
 from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.store import Cache
@@ -110,18 +111,60 @@ def test_served_while_the_sync_is_under_way(building: qc.Model, path: Path, tmp_
 
 
 def test_what_was_served_outlives_a_failed_sync(building: qc.Model, path: Path, tmp_path: Path, sync: _Sync) -> None:
-    """A disk that fails at the end takes nothing away from whoever has the entry; the store has none."""
+    """A disk that fails at the end, and loses what it had, takes nothing away from whoever has the entry; the store has none."""
     thread, found = _wait(path, cache=tmp_path / "c")
     thread.join(20)
+    (model,) = found
+    before, arrays = _bytes(model), [tensor.parts["codes"] for tensor in [*model.values(), *building.values()] if isinstance(tensor, qc.QuantTensor)]
+    kept = [array.copy() for array in arrays]
+    (staged,) = (tmp_path / "c" / "v1" / "tmp").iterdir()
+    sync.error = OSError(5, "no")
+    with staged.open("r+b") as file:
+        with pytest.warns(qc.QuantcacheWarning, match="not saved"):
+            sync.go_on.set()
+            building.close()
+        model.finish()
+        file.write(bytes(staged.stat().st_size if staged.exists() else os.fstat(file.fileno()).st_size))
+    assert not list((tmp_path / "c").glob("v1/*/**/*.safetensors"))
+    assert not list((tmp_path / "c" / "v1" / "tmp").iterdir())
+    assert all(np.array_equal(array, right) for array, right in zip(arrays, kept, strict=True))
+    assert _bytes(model) == before == _expected(path)
+    model.close()
+    assert model.keys_in_store == []
+    assert "did not store" in str(model.unsaved[0])
+
+
+def test_close_waits_until_it_is_durable(building: qc.Model, path: Path, tmp_path: Path, sync: _Sync) -> None:
+    """What `close` promises of a build it promises of a hit that was had early; `cancel` waits for nobody."""
+    (thread, found), (other, also) = (_wait(path, cache=tmp_path / "c") for _ in range(2))
+    thread.join(20)
+    other.join(20)
+    closing = threading.Thread(target=found[0].close)
+    closing.start()
+    also[0].cancel()
+    closing.join(0.2)
+    assert closing.is_alive()
+    sync.go_on.set()
+    closing.join(20)
+    assert found[0].keys_in_store == [path.stem for path in (tmp_path / "c").glob("v1/entries/*/*")] != []
+    assert found[0].unsaved == []
+
+
+def test_warm_tells_that_nothing_was_stored(
+    building: qc.Model, path: Path, tmp_path: Path, sync: _Sync, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`warm` that was served by a build whose disk then fails has warmed nothing, and says so."""
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["warm", str(path), "--cache-dir", str(tmp_path / "c")])))
+    thread.start()
+    time.sleep(0.3)
     sync.error = OSError(5, "no")
     with pytest.warns(qc.QuantcacheWarning, match="not saved"):
         sync.go_on.set()
         building.close()
-    assert not list((tmp_path / "c").glob("v1/*/**/*.safetensors"))
-    assert not list((tmp_path / "c" / "v1" / "tmp").iterdir())
-    (model,) = found
-    assert _bytes(model) == _expected(path)
-    model.close()
+    thread.join(20)
+    assert codes[0] != 0
+    assert "not saved" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [{"verify": "off"}, {"quant": "int8"}])

@@ -476,6 +476,8 @@ class GpuModel(Mapping[str, GpuTensor]):
         for one in arriving:
             for step in one.steps:
                 step.cancel()
+            for check in one.checks:
+                check.cancel()
         for one in arriving:
             for step in one.steps:
                 _wait(step)

@@ -1,0 +1,46 @@
+"""Mapped bytes that are kept are what they were, where they were, whatever becomes of the file."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantcache.cache.keeping import keep
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mappings are replaced on Linux only")
+
+
+@pytest.mark.parametrize("nbytes", [1, mmap.PAGESIZE, 3 * mmap.PAGESIZE + 5])
+def test_views_outlive_the_file(tmp_path: Path, nbytes: int) -> None:
+    """Views and arrays that were made before go on showing the bytes; those of another mapping show what the file has now."""
+    path = tmp_path / "f"
+    raw = np.random.default_rng().integers(0, 256, nbytes, np.uint8).tobytes()
+    path.write_bytes(raw)
+    with path.open("r+b") as file:
+        mapped, other = (mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ) for _ in range(2))
+        view, array = memoryview(mapped)[nbytes // 2 :], np.frombuffer(mapped, np.uint8)
+        assert keep(mapped)
+        file.write(bytes(byte ^ 255 for byte in raw))
+        file.flush()
+    assert bytes(array) == bytes(mapped) == raw
+    assert bytes(view) == raw[nbytes // 2 :]
+    assert bytes(other) == bytes(byte ^ 255 for byte in raw)
+    with pytest.raises((TypeError, ValueError)):
+        view[0] = 0
+    del view, array
+    mapped.close()
+
+
+def test_a_file_that_is_gone(tmp_path: Path) -> None:
+    """Bytes that cannot be read any more cannot be kept, which is told and kills nobody."""
+    path = tmp_path / "f"
+    path.write_bytes(bytes(3 * mmap.PAGESIZE))
+    with path.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 3 * mmap.PAGESIZE, access=mmap.ACCESS_READ)
+        file.truncate(10)
+    assert not keep(mapped)
+    assert bytes(mapped[:10]) == bytes(10)
