@@ -405,19 +405,19 @@ class StoredEntry:
 
     def replaced(self) -> bool:
         """Return whether the path leads to another file by now: somebody built the entry again."""
-        try:
-            now = os.stat(self.path)
-        except OSError:
-            return False
-        return (now.st_dev, now.st_ino) != self._file
+        return self._there() not in (None, self._file)
 
     def stands(self) -> bool:
         """Return whether the path leads to this file."""
+        return self._there() == self._file
+
+    def _there(self) -> tuple[int, int] | None:
+        """Return what the path leads to now; None if there is nothing, or it cannot be told."""
         try:
             now = os.stat(self.path)
         except OSError:
-            return False
-        return (now.st_dev, now.st_ino) == self._file
+            return None
+        return now.st_dev, now.st_ino
 
     def keep(self) -> list[str]:
         """Make the bytes memory of this process, where they are; return the tensors that are not what was stored."""

@@ -102,7 +102,7 @@ class Build:
         source, request, jobs: what to do.
         cache, staged: where it goes; None for memory.
         digest: of the source, if it is known already.
-        lock: of the build.
+        lock: of the build; it may hold nothing.
         stamp, seen_ns: of the source.
     """
 
@@ -112,7 +112,7 @@ class Build:
     cache: Cache | None
     staged: StagedEntry | None
     digest: str | None
-    lock: Lock | None
+    lock: Lock
     stamp: Stamp
     seen_ns: int
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -147,8 +147,7 @@ class Build:
         with self._dropping:
             if self.staged is not None and self.row is None:
                 self.staged.discard()
-            if self.lock is not None:
-                self.lock.release()
+            self.lock.release()
 
 
 def complete(tiles: list[tuple[Task, Tile]]) -> list[Task]:

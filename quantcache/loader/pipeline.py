@@ -476,8 +476,7 @@ class Pipeline:
         document = build.request.key_document(found, source.file.nbytes, source.reading())
         records = [build.tasks[job.info.name].job.record() for job in build.jobs]
         cache.record_source(build.stamp, found, source.path.resolve(), build.seen_ns)  # who waits needs it to know what is announced
-        announce = build.lock.announce if build.lock is not None else lambda _: None
-        build.row = cache.publish(staged, document=document, records=records, built=built, announce=announce)
+        build.row = cache.publish(staged, document=document, records=records, built=built, announce=build.lock.announce)
         cache.tally(misses=1, bytes_built=build.row.nbytes, seconds_building=seconds)
         cache.flush()
 

@@ -192,7 +192,7 @@ class Shard:
             return
         stamp = Stamp.of(source.file.stat)
         found: str | None = None
-        lock: Lock | None = None
+        lock = Lock()
         staged: StagedEntry | None = None
         jobs = None
         unsaved: CacheError | None = None
@@ -230,8 +230,7 @@ class Shard:
                 except BaseException:
                     if staged is not None:
                         staged.discard()
-                    if lock:
-                        lock.release()
+                    lock.release()
                     raise
             else:
                 unsaved = StoreReadOnlyError(f"the store {cache.root} is read-only")
