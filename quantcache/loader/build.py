@@ -52,6 +52,10 @@ class Memory:
         for slot in slots:
             self._arrays[slot.key] = np.empty(slot.nbytes, np.uint8)
 
+    def part(self, key: str, position: int, nbytes: int) -> Array:
+        """Return bytes of a tensor, to be written."""
+        return self._arrays[key][position : position + nbytes]
+
     def write(self, key: str, position: int, buffer: Array, _: bytes = b"") -> None:
         """Copy bytes of a tensor."""
         self._arrays[key][position : position + buffer.size] = buffer

@@ -22,7 +22,7 @@ import quantcache
 from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, shorten
-from quantcache.loader.build import Batch, Build, Task, complete, refusal, wholes
+from quantcache.loader.build import Batch, Build, Memory, Task, complete, refusal, wholes
 from quantcache.loader.digests import source_digest
 from quantcache.loader.plan import Job
 from quantcache.loader.tiles import Quantizer, Tile, encode, encode_elsewhere
@@ -40,6 +40,8 @@ _AHEAD_STEP = 4 << 20
 #: What a thread takes at a time at most, in bytes of the source and in tiles: what Python does between calls it does once for all
 #: of them. And the bytes that may come out of what all threads take, and are in memory until they are written.
 _TOGETHER, _TILES_TOGETHER, _ALL_MADE = 16 << 20, 64, 64 << 20
+#: The largest tensor that a thread quantizes beside what it has quantized elsewhere.
+_ASIDE = 1 << 20
 #: How long a cancelled load waits for its threads: Ctrl-C is to be answered within a second.
 _PATIENCE_S = 0.7
 #: For how long a thread leaves its core to a caller whose tensor it has just finished, and how often at most.
@@ -124,9 +126,9 @@ class Pipeline:
         self.failure: BaseException | None = None
         self._open = len(builds)
         count = min(threads or default_threads(), MAX_THREADS)
-        if quantizer is not None and not threads:
-            elsewhere = sum(task.job.info.nbytes for task in self._queue if quantizer.tiles(task.job))
-            count = min(count, quantizer.threads) if 2 * elsewhere > self._total[0] else count
+        elsewhere = quantizer.expect([task.job for task in self._queue]) if quantizer is not None else 0
+        if quantizer is not None and not threads and 2 * elsewhere > self._total[0]:
+            count = min(count, quantizer.threads)
         spare = count + min(count, 4)
         self._made = _ALL_MADE // spare
         self._spare = [Arena(min(self._made, self._total[0])) for _ in range(spare)]
@@ -294,44 +296,51 @@ class Pipeline:
                 self._todo.wait(0.5)
 
     def _take(self, queue: deque[Task]) -> list[tuple[Task, Tile]]:
-        """Return the next tiles: small ones together, but alone at first and what is waited for, and few at the end."""
-        build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
+        """Return the next tiles: small ones together, but alone at first and what is waited for, and few at the end.
+
+        Of those that are quantized elsewhere, as many as go there at a time, with small ones that stand between: a digest needs its order.
+        """
+        build, taken, nbytes, made, spent = queue[0].build, list[tuple[Task, Tile]](), 0, 0, 0
+        room = 0
         if queue is self._urgent:  # what is left of the tensor is shared out
             job = queue[0].job
             most = min(_TOGETHER, len(queue[0].waiting) * job.tile * job.info.nbytes // max(1, job.size) // (3 * self._count))
         else:
             most = min(_TOGETHER, self._done_nbytes // 8, (self._total[0] - self._done_nbytes) // (4 * self._count))
         while (task := _head(queue)) is not None and task.build is build:
-            job, count = task.job, self._elsewhere(task.job)
-            if taken and count:
+            job, cost = task.job, self._cost(task.job)
+            if not taken:
+                room = self._quantizer.room if self._quantizer is not None and cost else 0
+            elif (room and not cost and job.info.nbytes > _ASIDE) or (cost and not room):
                 break
-            for _ in range(min(max(1, count), len(task.waiting))):
+            while task.waiting:
                 start = task.waiting[0]
                 stop = min(start + job.tile, job.size)
                 extent = build.source.extent(job.info, start, stop)
                 nbytes += extent[1] - extent[0]
                 made += job.made_nbytes * (stop - start) // max(1, job.size)
-                if taken and not count and (nbytes > most or made > self._made or len(taken) == _TILES_TOGETHER):
+                spent += cost
+                full = spent > room if room else nbytes > most or made > self._made or len(taken) == _TILES_TOGETHER
+                if taken and full:
                     return taken
                 task.waiting = task.waiting[1:]
                 task.active += 1
                 self._taken_nbytes += extent[1] - extent[0]
                 # claimed in the order in which tiles are taken, since a reader waits for those before it; it is kept, or the pipeline stops
-                taken.append((task, Tile(job, start, stop, build.behind.claim(*extent) if build.behind else None)))
-            if count:
-                break
+                claim = build.behind.claim(*extent) if build.behind else None
+                taken.append((task, Tile(job, start, stop, claim, task.target if isinstance(task.target, Memory) else None)))
         return taken
 
-    def _elsewhere(self, job: Job) -> int:
-        """Return how many tiles of a job the quantizer takes at a time; 0 if the CPU is to do it."""
-        return self._quantizer.tiles(job) if self._quantizer is not None else 0
+    def _cost(self, job: Job) -> int:
+        """Return what a tile of a job takes of the quantizer's room; 0 if the CPU is to do it."""
+        return self._quantizer.cost(job) if self._quantizer is not None else 0
 
     def _quantize(self, batch: Batch, work: Scratch) -> None:
         """Quantize tiles, and bring them to where they belong or leave that to the thread that writes the file."""
         batch.outputs.clear()
         build, tiles = batch.tiles[0][0].build, [tile for _, tile in batch.tiles]
         digested = any(task.target is build.staged for task, _ in batch.tiles)
-        if self._quantizer is not None and self._elsewhere(tiles[0].job):
+        if self._quantizer is not None and any(self._cost(tile.job) for tile in tiles):
             encode_elsewhere(build.source, tiles, work, batch.outputs, self._quantizer, digested=digested)
         else:
             encode(build.source, tiles, work, batch.outputs, digested=digested)

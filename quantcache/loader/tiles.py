@@ -20,13 +20,13 @@ from quantcache.loader.digests import Claim
 from quantcache.loader.plan import Job
 from quantcache.loader.source import Source
 from quantcache.quant import native
-from quantcache.quant.codec import Scratch, Status
+from quantcache.quant.codec import Arena, Scratch, Status
 from quantcache.quant.digest import NBYTES, add_digest
 from quantcache.quant.native import Calls
 from quantcache.tensor import ITEMSIZE
 from quantcache.trace import span
 
-__all__ = ["Piece", "Quantizer", "Tile", "encode", "encode_elsewhere", "encode_tile", "whole_pieces"]
+__all__ = ["Into", "Piece", "Quantizer", "Stretch", "Tile", "encode", "encode_elsewhere", "encode_tile", "whole_pieces"]
 
 Array = NDArray[Any]
 
@@ -54,6 +54,13 @@ class Piece:
         self.address = native.address(self.buffer)
 
 
+class Into(Protocol):
+    """Where pieces go, if that is memory."""
+
+    def part(self, key: str, position: int, nbytes: int) -> Array:
+        """Return bytes of a stored tensor, to be written."""
+
+
 @dataclass(slots=True)
 class Tile:
     """Name a part of a tensor that is quantized at a time, and hold what became of it.
@@ -62,6 +69,7 @@ class Tile:
         job: what becomes of the tensor.
         start, stop: first weight, and the one behind the last.
         claim: what is to be digested of the source.
+        into: where the pieces go, if that is memory: they may be made there.
         status: OK, or why the job's codec refuses the values.
         pieces: what is to be stored, if it is OK.
     """
@@ -70,6 +78,7 @@ class Tile:
     start: int
     stop: int
     claim: Claim | None = None
+    into: Into | None = None
     status: Status = Status.OK
     pieces: list[Piece] = field(default_factory=list)
 
@@ -270,62 +279,109 @@ def _pieces(tile: Tile, arrays: Mapping[str, Array], first: int) -> list[Piece]:
     return pieces
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Name consecutive tiles of a tensor, and their bytes.
+
+    Args:
+        job: what becomes of the tensor.
+        start, stop: first weight, and the one behind the last.
+        raw: uint8, bytes of the source, little-endian.
+        into: part -> uint8, where what becomes of them is to be; the others lie wherever the quantizer puts them.
+    """
+
+    job: Job
+    start: int
+    stop: int
+    raw: NDArray[np.uint8]
+    into: Mapping[str, NDArray[np.uint8]]
+
+
 class Quantizer(Protocol):
     """What quantizes tiles elsewhere than on the CPU, several at a time."""
 
     #: more threads than that do not feed it faster
     threads: int
+    #: what it takes at a time, of one tensor or of several
+    room: int
 
-    def tiles(self, job: Job) -> int:
-        """Return how many tiles of a job it takes at a time; 0 if the CPU is to do it."""
+    def expect(self, jobs: Sequence[Job]) -> int:
+        """Take note of all that will come, in order; return the bytes of the source that it will quantize."""
 
-    def encode(self, job: Job, start: int, raw: NDArray[np.uint8], outputs: Scratch) -> dict[str, NDArray[Any]] | None:
-        """Quantize whole tiles, bit for bit as the job's encoder does.
+    def cost(self, job: Job) -> int:
+        """Return what a tile of a job takes of the room; 0 if the CPU is to do it."""
+
+    def encode(self, stretches: Sequence[Stretch], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
+        """Quantize whole tiles, bit for bit as their jobs' encoders do.
 
         Args:
-            job: what becomes of them.
-            start: first weight.
-            raw: bytes of the source.
+            stretches: what; no two of a tensor.
             outputs: buffers that the result may lie in.
 
         Returns:
-            Part -> flat array, or None if it does not know: the CPU does it then.
+            For each, part -> flat array, or None if it does not know: the CPU does it then.
         """
 
     def close(self) -> None:
         """Let go of what it works with."""
 
 
-def encode_elsewhere(source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratch, quantizer: Quantizer, *, digested: bool) -> None:
-    """Read consecutive tiles of a tensor and have them quantized.
+def encode_elsewhere(source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Arena, quantizer: Quantizer, *, digested: bool) -> None:
+    """Read tiles, those of a tensor consecutive, and have them quantized.
 
     Args:
         source, tiles, work, outputs, digested: see encode.
-        quantizer: does it; what it refuses is done here.
+        quantizer: does it; what it refuses, or is not for it, is done here.
     """
-    job, start, stop = tiles[0].job, tiles[0].start, tiles[-1].stop
-    first, last = source.extent(job.info, start, stop)
+    tiles = [tile for tile in tiles if tile.stop > tile.start]
+    if not tiles:
+        return
     calls = Calls()
     _make(calls, _reading(source, tiles, calls))
+    together: list[list[Tile]] = []
+    left: list[Tile] = []
     for tile in tiles:
         tile.claim = None
-    raw = source.little_endian(job.info, source.file.bytes[first:last])
-    with span("quantize", raw.nbytes, job.info.name):
-        made = quantizer.encode(job, start, raw, outputs)
-    if made is None:
-        encode(source, tiles, work, outputs, digested=digested)
-        return
-    assert job.encoder is not None
-    arrays = job.encoder.encoded(start, made)
+        if not quantizer.cost(tile.job):
+            left.append(tile)
+        elif together and together[-1][0].job is tile.job:
+            together[-1].append(tile)
+        else:
+            together.append([tile])
+    stretches = [_stretch(source, own, digested=digested) for own in together]
+    with span("quantize", sum(stretch.raw.nbytes for stretch in stretches), tiles[0].job.info.name):
+        found = quantizer.encode(stretches, outputs)
     steps: list[_Reading | _Encoding] = []
-    for tile in tiles:
-        tile.pieces = _pieces(tile, arrays, start)
-        if digested:
-            step = _Encoding(tile, calls)
-            step.add_digests(outputs)
-            step.end = len(calls)
-            steps.append(step)
+    for own, stretch, made in zip(together, stretches, found, strict=True):
+        if made is None:
+            left += own
+            continue
+        assert stretch.job.encoder is not None
+        arrays = stretch.job.encoder.encoded(stretch.start, made)
+        if stretch.into:
+            continue
+        for tile in own:
+            tile.pieces = _pieces(tile, arrays, stretch.start)
+            if digested:
+                step = _Encoding(tile, calls)
+                step.add_digests(outputs)
+                step.end = len(calls)
+                steps.append(step)
     _make(calls, steps)
+    if left:
+        encode(source, left, work, outputs, digested=digested)
+
+
+def _stretch(source: Source, tiles: Sequence[Tile], *, digested: bool) -> Stretch:
+    job, start, stop, memory = tiles[0].job, tiles[0].start, tiles[-1].stop, tiles[0].into
+    first, last = source.extent(job.info, start, stop)
+    into: dict[str, Array] = {}
+    if memory is not None and job.encoder is not None and not digested:
+        for part in job.encoder.parts:
+            if part.weights:
+                begin, end = (min(part.nbytes, -(-weight // part.weights) * ITEMSIZE[part.dtype]) for weight in (start, stop))
+                into[part.name] = memory.part(part.key, begin, end - begin)
+    return Stretch(job, start, stop, source.little_endian(job.info, source.file.bytes[first:last]), into)
 
 
 def whole_pieces(job: Job) -> list[Piece]:

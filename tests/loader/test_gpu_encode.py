@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType
 from safetensors.numpy import save_file
 
 import quantcache as qc
-from quantcache.loader.gpu import encode
+from quantcache.loader.gpu import encode, kept
 from quantcache.quant import wgsl
 from quantcache.quant.codecs.nf4 import MIDDLES
 from quantcache.tensor import BLOCKS
@@ -94,6 +94,43 @@ def test_the_store_cannot_tell(device: Any, tmp_path: Path, quantizers: list[Any
     both(tmp_path, tensors, quant, device)
     assert quantizers[0].steps + quantizers[0].given_back >= 4
     assert quantizers[0].given_back <= (2 if quant == "int8" else 0)  # float16 does not take all of its scales
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_tensors_that_come_together(
+    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small tensors are one dispatch where they stand side by side, whatever their sizes; of one that the GPU leaves the others know nothing."""
+    dispatches: list[int] = []
+    real = type(device).dispatch
+    monkeypatch.setattr(type(device), "dispatch", lambda self, *given: (dispatches.append(1), real(self, *given)))
+    shapes = [(64, 256)] * 9 + [(33, 128), (64, 256), (1, 4096), (512, 256), (7, 640), (64, 384)] + [(64, 256)] * 6
+    tensors = {f"{n:02d}.weight": (rng.standard_normal(shape) * 0.02).astype(DTYPES[n > 15]) for n, shape in enumerate(shapes)}
+    tensors["04.weight"][5] = 1e-39  # which a device may flush
+    both(tmp_path, tensors, quant, device)
+    assert quantizers[0].steps + quantizers[0].given_back >= len(shapes)
+    assert (quant != "int8-row") <= quantizers[0].given_back <= 2
+    assert len(dispatches) < len(shapes), "even if those beside the one that was left come twice"
+
+
+@pytest.mark.parametrize("made", [1, 5])
+def test_results_in_several_buffers(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, made: int) -> None:
+    """Where the results of a step stand in several buffers, and two steps share one, every tensor has its own place."""
+    monkeypatch.setattr(kept, "_BUNDLE", made * 16 << 10)
+    monkeypatch.setattr(encode, "_STEP", 1 << 19)
+    both(tmp_path, {f"{n:02d}.weight": rng.standard_normal((64, 512)).astype(np.float16) for n in range(24)}, "nf4", device)
+    assert (quantizers[0].steps, quantizers[0].given_back) == (24, 0)
+
+
+def test_a_wgpu_without_mapped_ranges(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What wgpu calls experimental may go: mapped memory is written the slow way then."""
+    buffers = type(device.staging_buffer(8))
+    monkeypatch.delattr(buffers, "_experimental_get_mapped_range")
+    save_file({"a.weight": rng.standard_normal((65, 130)).astype(np.float16)}, tmp_path / "odd.safetensors")
+    with qc.load(tmp_path / "odd.safetensors", "f16", mode="off") as model, model.upload(device) as there:
+        assert device.read(there["a.weight"].parts["values"]).tobytes() == model["a.weight"].tobytes()
+    both(tmp_path, {f"{n}.weight": rng.standard_normal((65, 128)).astype(np.float16) for n in range(3)}, "nf4", device)
+    assert quantizers[0].steps == 3
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8", "int8-row"])
@@ -265,21 +302,16 @@ def test_a_device_that_fails_in_the_middle(
     """A tensor of which the CPU did the rest, after the device had no room for another, is not taken for complete there."""
     save_file({f"{n}.weight": (rng.standard_normal((2048, 4096)) * 0.02).astype(np.float16) for n in range(2)}, tmp_path / "m.safetensors")
     device = small()
-    real_buffer, real_encode = device.buffer, encode.GpuQuantizer._encode
-    began, asked = threading.Event(), threading.Event()
+    real_encode, began, asked = encode.GpuQuantizer._encode, threading.Event(), threading.Event()
 
-    def buffer(nbytes: int, what: str) -> Any:
-        if what == "1.weight":
-            raise qc.DeviceOutOfMemory("no room", asked=nbytes, held=0)
-        return real_buffer(nbytes, what)
-
-    def step(self: Any, lane: Any, job: Any, *given: Any) -> Any:
+    def step(self: Any, lane: Any, stretches: Any, *given: Any) -> Any:
+        if stretches[0].job.info.name == "1.weight":
+            raise qc.DeviceOutOfMemory("no room", asked=1, held=0)
         if not began.is_set():
             began.set()
             assert asked.wait(60)
-        return real_encode(self, lane, job, *given)
+        return real_encode(self, lane, stretches, *given)
 
-    monkeypatch.setattr(device, "buffer", buffer)
     monkeypatch.setattr(encode.GpuQuantizer, "_encode", step)
     with qc.load(tmp_path / "m.safetensors", "nf4", mode="off", device=device, threads=1) as model:
         assert began.wait(60)

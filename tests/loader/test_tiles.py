@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from safetensors.numpy import save_file
 import quantcache as qc
 from quantcache.cache.key import digest
 from quantcache.errors import SourceError
+from quantcache.loader import model as loading
 from quantcache.loader import plan as planning
+from quantcache.loader.build import Memory
+from quantcache.loader.digests import DigestBehind
 from quantcache.loader.plan import Job, Request, plan
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source, open_checkpoint
-from quantcache.loader.tiles import Piece, Tile, encode, encode_elsewhere, encode_tile
+from quantcache.loader.tiles import Piece, Stretch, Tile, encode, encode_elsewhere, encode_tile
 from quantcache.quant import native
-from quantcache.quant.codec import Arena, Scratch, Status
+from quantcache.quant.codec import Arena, Scratch, Status, quantize
 
 LEVELS = ["reference", native.available()[-1]]
 
@@ -89,19 +92,31 @@ def test_together(source: Source, kernel_level: Callable[[str], None], quant: st
 class _Elsewhere:
     """Quantize as a device does: the parts that kernels make, or nothing."""
 
-    threads = 1
+    threads, room = 1, 3
 
-    def __init__(self, *, does: bool) -> None:
-        self.does = does
+    def __init__(self, *, does: bool, leaves: tuple[str, ...] = ()) -> None:
+        self.does, self.leaves, self.asked = does, leaves, list[list[str]]()
 
-    def tiles(self, _: Job) -> int:
-        """Return how many."""
-        return 3
+    def expect(self, jobs: Sequence[Job]) -> int:
+        """Return the bytes of those that are quantized."""
+        return sum(job.info.nbytes for job in jobs if self.cost(job))
 
-    def encode(self, job: Job, start: int, raw: NDArray[np.uint8], outputs: Scratch) -> dict[str, NDArray[Any]] | None:
+    def cost(self, job: Job) -> int:
+        """Return 1 for each tile of a matrix."""
+        return int(job.decision.codec not in ("keep", "f16") and job.info.name not in self.leaves)
+
+    def encode(self, stretches: Sequence[Stretch], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
         """Quantize on the CPU, by the reference."""
-        assert job.encoder is not None
-        return job.encoder.reference(raw.view(np.float16 if job.info.dtype == "F16" else np.float32))[1] if self.does else None
+        self.asked.append([stretch.job.info.name for stretch in stretches])
+        found: list[dict[str, NDArray[Any]] | None] = []
+        for stretch in stretches:
+            assert stretch.job.encoder is not None
+            status, made = stretch.job.encoder.reference(stretch.raw.view(np.float16 if stretch.job.info.dtype == "F16" else np.float32))
+            done = self.does and status == Status.OK
+            for name, place in stretch.into.items() if done else ():
+                place[...] = made[name].view(np.uint8).reshape(-1)
+            found.append(made if done else None)
+        return found
 
     def close(self) -> None:
         """Do nothing."""
@@ -113,13 +128,53 @@ class _Elsewhere:
 def test_elsewhere(source: Source, kernel_level: Callable[[str], None], quant: str, does: bool, level: str) -> None:
     """What another processor makes of several tiles is cut into theirs, with digests; what it leaves is done here."""
     kernel_level(level)
-    job = jobs(source, quant)[0]
-    together = tiles([job])
-    encode_elsewhere(source, together, Scratch(), Arena(0), _Elsewhere(does=does), digested=True)
+    together, quantizer = tiles(jobs(source, quant)), _Elsewhere(does=does, leaves=("a.3.weight",))
+    encode_elsewhere(source, together, Scratch(), Arena(0), quantizer, digested=True)
+    assert quantizer.asked == [["a.0.weight", "a.1.weight", "a.2.weight"]]
     for tile in together:
-        status, pieces = encode_tile(source, job, tile.start, Scratch(), Scratch())
+        status, pieces = encode_tile(source, tile.job, tile.start, Scratch(), Scratch())
         assert (tile.status, flat(tile.pieces)) == (status, flat(pieces))
         assert [piece.digest for piece in tile.pieces] == [digest(bytes(piece.buffer)) for piece in tile.pieces]
+
+
+@pytest.mark.parametrize("does", [True, False])
+def test_elsewhere_into_memory(source: Source, does: bool) -> None:
+    """What goes to memory is made where it belongs, from the middle of a tensor, too; what is left comes as pieces."""
+    for job in jobs(source, "nf4"):
+        memory, wanted = Memory(), Memory()
+        for place in (memory, wanted):
+            place.add(job.slots)
+            for slot in job.slots:
+                place.part(slot.key, 0, slot.nbytes)[...] = 0x5A
+        for together in (tiles([job])[:2], tiles([job])[2:]):
+            for tile in together:
+                tile.into = memory
+            encode_elsewhere(source, together, Scratch(), Arena(0), _Elsewhere(does=does), digested=False)
+            assert not (does and job.info.name == "a.0.weight" and any(tile.pieces for tile in together))
+            for tile in together:
+                for piece in tile.pieces:
+                    memory.write(piece.key, piece.position, piece.buffer)
+                for piece in encode_tile(source, job, tile.start, Scratch(), Scratch())[1]:
+                    wanted.write(piece.key, piece.position, piece.buffer)
+        assert [bytes(memory.view(slot.key)) for slot in job.slots] == [bytes(wanted.view(slot.key)) for slot in job.slots]
+
+
+def test_steps_of_several_tensors(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes elsewhere fills the room there, over the ends of tensors and over small ones between; the source's digest stays in order."""
+    large = {f"layers.{n}.weight": (rng.standard_normal((128, 128)) * 0.02).astype(np.float16) for n in range(9)}
+    save_file(large | {f"layers.{n}.norm": np.ones(128, np.float16) for n in range(9)}, tmp_path / "m.safetensors")
+    again: list[object] = []
+    monkeypatch.setattr(DigestBehind, "finish_one", lambda self, real=DigestBehind.finish_one: (again.append(self), real(self)))
+    quantizer = _Elsewhere(does=True)
+    monkeypatch.setattr(loading, "_quantizer", lambda _: quantizer)
+    with qc.load(tmp_path / "m.safetensors", "nf4", cache=tmp_path / "c", threads=1) as model:
+        model.finish()
+        assert [len(names) for names in quantizer.asked] == [3] * 3
+        wanted = {name: quantize("nf4", large[name])[1]["codes"].tobytes() for name in large}
+        assert {name: model[name].parts["codes"].tobytes() for name in large} == wanted
+    assert not again
+    with qc.load(tmp_path / "m.safetensors", "nf4", cache=tmp_path / "c") as model:
+        assert model.hit
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what cannot be read before it is touched")

@@ -1,7 +1,7 @@
 """Own a GPU: the only importer of wgpu. Opening, buffers, bounded writes, fences, pipelines, and what can go wrong.
 
 wgpu ends the process where it meets a mistake while work is submitted: a device that is lost, a buffer that is mapped or
-destroyed, a command buffer used twice. So nothing is submitted but from here, each time right after a write that raises if the
+destroyed, a command buffer used twice. So nothing is submitted but from here, each time right after a call that raises if the
 device is lost by then, and no buffer is ever destroyed: dropping it is safe. Facts: docs/decisions/0012-gpu.md.
 """
 
@@ -35,6 +35,8 @@ _KEPT = 32 << 20
 Binding = tuple[Any, int, int]
 _WANTED = ("subgroup", "timestamp-query", "shader-f16")
 _MAPPABLE = "mappable-primary-buffers"
+#: READ would make a submission of its own before it maps, which wgpu spares itself where it has just made one, as we have.
+_READ_MODE = "READ_NOSYNC"
 
 
 def _wgpu() -> Any:
@@ -105,8 +107,8 @@ class Device:
         self.unified = info["adapter_type"] in ("IntegratedGPU", "CPU") and _MAPPABLE in self.features
         usage = wgpu.BufferUsage
         self._storage = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
-        self._map_write, self._map_read, self._copy_to, self._uniform = usage.MAP_WRITE, usage.MAP_READ, usage.COPY_DST, usage.UNIFORM
-        self._read_mode = wgpu.MapMode.READ
+        self._staged, self._landed, self._uniform = usage.MAP_WRITE | usage.COPY_SRC, usage.MAP_READ | usage.COPY_DST, usage.UNIFORM | usage.COPY_DST
+        self._mapped = self._storage | usage.MAP_WRITE
         self._error: type[Exception] = wgpu.GPUError
         self._held, self._changes = 0, deque[int]()
         self._lock, self._submitting = threading.Lock(), threading.Lock()
@@ -162,12 +164,13 @@ class Device:
         if nbytes > self.max_buffer:
             raise DeviceError(f"{self.name} makes no buffer of {nbytes:,} bytes for {what}: {self.max_buffer:,} at most")
 
-    def buffer(self, nbytes: int, what: str) -> Any:
+    def buffer(self, nbytes: int, what: str, *, uniform: bool = False) -> Any:
         """Return a new storage buffer that can be copied from and to.
 
         Args:
             nbytes: a multiple of 4, at most max_buffer.
             what: it is for, in messages.
+            uniform: parts of it are bound as uniforms, too.
 
         Raises:
             DeviceOutOfMemory: there is no room.
@@ -175,7 +178,8 @@ class Device:
         """
         self._allowed(nbytes, what)
         with self._guard(what, nbytes):
-            made = self.raw.create_buffer(label=f"quantcache {what}"[:120], size=nbytes, usage=self._storage)
+            usage = self._storage | self._uniform if uniform else self._storage
+            made = self.raw.create_buffer(label=f"quantcache {what}"[:120], size=nbytes, usage=usage)
         self._count(made, nbytes)
         return made
 
@@ -183,11 +187,19 @@ class Device:
         """Return the same, mapped: it is written with write_mapped() and usable after unmap(). Only if `unified`."""
         self._allowed(nbytes, what)
         with self._guard(what, nbytes):
-            made = self.raw.create_buffer(
-                label=f"quantcache {what}"[:120], size=nbytes, usage=self._storage | self._map_write, mapped_at_creation=True
-            )
+            made = self.raw.create_buffer(label=f"quantcache {what}"[:120], size=nbytes, usage=self._mapped, mapped_at_creation=True)
         self._count(made, nbytes)
         return made
+
+    def staging_buffer(self, nbytes: int) -> Any:
+        """Return a new buffer that bytes go up through, mapped: see write_mapped(), unmap() and map_again()."""
+        with self._guard("staging", nbytes):
+            return self.raw.create_buffer(size=nbytes, usage=self._staged, mapped_at_creation=True)
+
+    def landing_buffer(self, nbytes: int) -> Any:
+        """Return a new buffer that bytes come back through: see mapping()."""
+        with self._guard("reading back", nbytes):
+            return self.raw.create_buffer(size=nbytes, usage=self._landed)
 
     def _count(self, made: Any, nbytes: int) -> None:
         self._changes.append(nbytes)
@@ -237,6 +249,55 @@ class Device:
         """
         self._staging.settle()
 
+    def write_mapped(self, buffer: Any, offset: int, data: Any) -> None:
+        """Write into a mapped buffer.
+
+        Args:
+            buffer: from mapped_buffer() or staging_buffer().
+            offset: first byte, a multiple of 8.
+            data: uint8[bytes]; up to a multiple of 8, what follows becomes anything.
+        """
+        if not data.size:
+            return
+        room = -(-data.size // 8) * 8
+        with self._guard("a write", data.size):
+            mapped = getattr(buffer, "_experimental_get_mapped_range", None)
+            if mapped is not None:  # NumPy copies without the GIL, write_mapped() with it
+                np.frombuffer(mapped(offset, room), np.uint8)[: data.size] = data
+            else:
+                buffer.write_mapped(np.pad(data, (0, room - data.size)), offset)
+
+    def unmap(self, buffer: Any) -> None:
+        """Give a mapped buffer to the device."""
+        with self._guard("a write"):
+            buffer.unmap()
+
+    def map_again(self, buffer: Any) -> Callable[[], None]:
+        """Return a function that waits until a staging buffer is mapped again, once all that was submitted with it is done."""
+        with self._guard("a write"):
+            promise = buffer.map_async("WRITE")
+        return lambda: self._await(promise)
+
+    def mapping(self, landing: Any, nbytes: int) -> contextlib.AbstractContextManager[Any]:
+        """Begin to map a landing buffer; the context that is returned waits for it, and has its first bytes as uint8[nbytes]."""
+        with self._guard("reading back", nbytes):
+            promise = landing.map_async(_READ_MODE, 0, nbytes)
+        return self._mapping(promise, landing, nbytes)
+
+    @contextlib.contextmanager
+    def _mapping(self, promise: Any, landing: Any, nbytes: int) -> Iterator[Any]:
+        self._await(promise)
+        try:
+            with self._guard("reading back", nbytes):
+                mapped = np.frombuffer(landing.read_mapped(0, nbytes, copy=False), np.uint8)
+            yield mapped
+        finally:
+            landing.unmap()
+
+    def _await(self, promise: Any) -> None:
+        with self._guard("waiting"):
+            promise.sync_wait()
+
     def read(self, source: Binding, *, before: Any | None = None) -> Any:
         """Return bytes of a buffer, once all that was submitted before is done.
 
@@ -249,47 +310,18 @@ class Device:
         """
         buffer, offset, nbytes = source
         out = np.empty(nbytes, np.uint8)
-        for start in range(0, max(1, nbytes), _READ):
-            piece = out[start : start + _READ]
-            self.read_into([((buffer, offset + start, piece.size), piece)], before=before if not start else None)
+        if before is not None and not nbytes:
+            self.submit(before)
+        for start in range(0, nbytes, _READ):
+            piece, encoder = out[start : start + _READ], self.encoder() if start or before is None else before
+            whole = -(-piece.size // 4) * 4
+            landing = self._landing(whole)
+            self.copy(encoder, (buffer, offset + start, whole), landing, 0)
+            self.submit(encoder)
+            with self.mapping(landing, whole) as mapped:
+                piece[...] = mapped[: piece.size]
+            self._keep(landing)
         return out
-
-    def read_into(self, wanted: Sequence[tuple[Binding, Any]], *, before: Any | None = None) -> None:
-        """Read several pieces of buffers, in one submission.
-
-        Args:
-            wanted: what, and uint8 arrays of as many bytes; written.
-            before: a command encoder whose work comes first.
-
-        Raises:
-            DeviceError: the device was lost.
-        """
-        encoder = before if before is not None else self.encoder()
-        padded = [-(-source[2] // 4) * 4 for source, _ in wanted]
-        whole = sum(padded)
-        if not whole:
-            if before is not None:
-                self.submit(encoder)
-            return
-        landing = self._landing(whole)
-        with self._guard("reading back", whole):
-            position = 0
-            for ((buffer, offset, _), _), nbytes in zip(wanted, padded, strict=True):
-                if nbytes:
-                    encoder.copy_buffer_to_buffer(buffer, offset, landing, position, nbytes)
-                position += nbytes
-        self.submit(encoder)
-        with self._guard("reading back", whole):
-            landing.map_async(self._read_mode, 0, whole).sync_wait()
-            try:
-                mapped = np.frombuffer(landing.read_mapped(0, whole, copy=False), np.uint8)
-                position = 0
-                for ((_, _, nbytes), out), room in zip(wanted, padded, strict=True):
-                    out[...] = mapped[position : position + nbytes]
-                    position += room
-            finally:
-                landing.unmap()
-        self._keep(landing)
 
     def _keep(self, landing: Any) -> None:
         if landing.size <= _KEPT:
@@ -303,8 +335,7 @@ class Device:
             kept = self._spare.get(size)
             if kept:
                 return kept.pop()
-        with self._guard("reading back", size):
-            return self.raw.create_buffer(size=size, usage=self._copy_to | self._map_read)
+        return self.landing_buffer(size)
 
     # ---- work ----
 
@@ -318,6 +349,11 @@ class Device:
         with self._guard("recording"):
             encoder.clear_buffer(buffer)
 
+    def copy(self, encoder: Any, source: Binding, target: Any, offset: int) -> None:
+        """Record a copy between buffers, of whole fours."""
+        with self._guard("recording"):
+            encoder.copy_buffer_to_buffer(source[0], source[1], target, offset, source[2])
+
     def submit(self, encoder: Any) -> None:
         """Submit what an encoder recorded.
 
@@ -327,23 +363,20 @@ class Device:
         with self._guard("a submission"):
             commands = encoder.finish()
             with self._submitting:  # nobody comes between the two
-                self.raw.queue.write_buffer(self._mark, 0, b"mark")  # raises if the device is lost already; submit() would abort
+                self.raw.create_bind_group_layout(entries=[])  # raises if the device is lost already; submit() would abort
                 self.raw.queue.submit([commands])
 
     def fence(self) -> Callable[[], None]:
         """Return a function that waits until all that was submitted so far is done."""
         landing = self._landing(8)
         encoder = self.encoder()
-        with self._guard("a fence"):
-            encoder.copy_buffer_to_buffer(self._mark, 0, landing, 0, 8)
+        self.copy(encoder, (self._mark, 0, 8), landing, 0)
         self.submit(encoder)
-        with self._guard("a fence"):
-            promise = landing.map_async(self._read_mode, 0, 8)
+        passing = self.mapping(landing, 8)
 
         def wait() -> None:
-            with self._guard("a fence"):
-                promise.sync_wait()
-                landing.unmap()
+            with passing:
+                pass
             self._keep(landing)
 
         return wait
@@ -370,7 +403,7 @@ class Device:
             found = self._uniforms.get(data)
         if found is None:
             with self._guard("a uniform", 16):
-                found = self.raw.create_buffer(size=16, usage=self._uniform | self._copy_to)
+                found = self.raw.create_buffer(size=16, usage=self._uniform)
                 self.raw.queue.write_buffer(found, 0, data)
             with self._lock:
                 if len(self._uniforms) > 4096:

@@ -2,15 +2,16 @@
 
 What comes back is what the CPU would have made, bit for bit; where a shader cannot promise that (values that are not finite,
 or that a device may flush to zero), it says so, and the CPU does those tiles. A load never fails for want of a GPU.
+
+A step goes over the ends of tensors, and what stands side by side on both sides is one dispatch: calls of wgpu are what it costs.
 """
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,46 +21,116 @@ from numpy.typing import NDArray
 from quantcache.errors import DeviceError, QuantcacheWarning
 from quantcache.loader.gpu.compute import decode_source
 from quantcache.loader.gpu.device import Binding, Device
+from quantcache.loader.gpu.kept import Bundle, Kept
+from quantcache.loader.gpu.transfer import Transfer
 from quantcache.loader.plan import Job
+from quantcache.loader.tiles import Stretch
 from quantcache.quant.blocks import block_type, block_types
-from quantcache.quant.codec import Part, Scratch, codec, codec_ids
+from quantcache.quant.codec import Arena, Part, codec, codec_ids
 from quantcache.quant.wgsl import UNIT, EncodeShader, WeightShader
 from quantcache.tensor import ITEMSIZE
 
-__all__ = ["GpuQuantizer", "Kept"]
+__all__ = ["GpuQuantizer"]
 
 #: Bytes that go up at a time, as the source has them or as float32, whichever is more; and how many such steps are under way.
 _STEP = 32 << 20
 _LANES = 4
+#: Threads that feed them: while some wait for a step, others read, digest and write.
+_THREADS = 8
 #: Bytes behind a step that a shader may read, and does not use.
 _SLACK = 256
 #: Smaller tensors take a CPU less time than the way there and back.
 _LEAST = 1 << 16
-
-
-@dataclass
-class Kept:
-    """Hold what stays of a tensor on the device: the parts that are made by tiles.
-
-    Args:
-        device: where.
-        parts: name -> binding.
-        done: weights that are there; the others may have been quantized on the CPU.
-    """
-
-    device: Device
-    parts: Mapping[str, Binding]
-    done: int = 0
+#: Tensors of a step at most, each with its settings and its status.
+_MOST = 64
 
 
 class _Lane:
-    """Hold the buffers of one step, of so many bytes."""
+    """Hold the buffers of one step.
 
-    def __init__(self, device: Device, step: int) -> None:
-        self.source = device.buffer(-(-step // 4) * 4 + _SLACK, "tiles to quantize")
-        self.status = device.buffer(256, "the status of a step")
+    In `source`, and in what goes up to it, stand the settings of each run, two times four u32, and then the tiles.
+    """
+
+    def __init__(self, device: Device, room: int) -> None:
+        self.settings = np.zeros((_MOST, 2, device.alignment // 4), np.uint32)
+        room += self.settings.nbytes
+        self.transfer = Transfer(device, room)
+        self.source = device.buffer(room + _SLACK, "tiles to quantize", uniform=True)
+        self.status = device.buffer(_MOST * device.alignment, "the status of a step")
         self.wide: Any = None  # weights decoded from blocks
         self.extra: dict[str, Any] = {}  # parts that are not kept on the device
+
+
+@dataclass
+class _Made:
+    """Say where a part of a run goes.
+
+    Args:
+        buffer: None for a part that is not kept, until the lane has one.
+        offset: first byte.
+        nbytes: of the part.
+        whole: bytes that the shader writes, in whole units.
+    """
+
+    buffer: Any
+    offset: int
+    nbytes: int
+    whole: int
+
+    def goes_on(self, other: _Made) -> bool:
+        """Return whether another place begins where this ends, and nothing beyond it is written."""
+        return self.buffer is other.buffer and self.nbytes == self.whole and (self.buffer is None or self.offset + self.nbytes == other.offset)
+
+
+@dataclass
+class _Run:
+    """Hold what one dispatch quantizes: stretches that stand side by side, as they go up and as they come back.
+
+    Args:
+        stretches: what.
+        shader: quantizes them.
+        element: as which the shader reads the weights.
+        made: part -> where it goes.
+        at, wide_at: first byte in the lane, of the source and of the decoded weights.
+    """
+
+    stretches: list[Stretch]
+    shader: EncodeShader
+    element: str
+    made: dict[str, _Made]
+    at: int = 0
+    wide_at: int = 0
+
+    @property
+    def weights(self) -> int:
+        """How many there are."""
+        return sum(stretch.stop - stretch.start for stretch in self.stretches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the source."""
+        return sum(stretch.raw.size for stretch in self.stretches)
+
+    def sizes(self, name: str) -> list[int]:
+        """Return the bytes that the stretches make of a part; only of the last may they end within a unit."""
+        each, left, found = self.shader.parts[name], self.made[name].nbytes, []
+        for stretch in self.stretches:
+            found.append(min(left, -(-(stretch.stop - stretch.start) // self.shader.unit) * each))
+            left -= found[-1]
+        return found
+
+    def add(self, other: _Run) -> bool:
+        """Take what another run has, if that can follow in the same dispatch."""
+        last = self.stretches[-1]
+        if last.job.info.is_block or last.raw.size % 8 or (other.shader.source, other.element) != (self.shader.source, self.element):
+            return False
+        if not all(made.goes_on(other.made[name]) for name, made in self.made.items()):
+            return False
+        for name, made in self.made.items():
+            made.nbytes += other.made[name].nbytes
+            made.whole += other.made[name].whole
+        self.stretches += other.stretches
+        return True
 
 
 class GpuQuantizer:
@@ -69,14 +140,14 @@ class GpuQuantizer:
         device: which.
 
     Attributes:
-        steps, given_back: how many steps the device has quantized, and how many it left to the CPU.
+        steps, given_back: how often the device has quantized tiles of a tensor, and how often it left them to the CPU.
     """
 
-    threads = _LANES
+    threads = _THREADS
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._step: int = min(_STEP, device.max_binding, device.max_buffer - _SLACK)
+        self.room: int = min(_STEP, device.max_binding, device.max_buffer - (2 * _MOST + 1) * device.alignment) // device.alignment * device.alignment
         self.steps, self.given_back = 0, 0
         self._lock = threading.Lock()
         self._lanes: queue.LifoQueue[_Lane | None] = queue.LifoQueue()
@@ -84,44 +155,60 @@ class GpuQuantizer:
             self._lanes.put(None)
         self._failed = False
         self._shaders: dict[tuple[str, tuple[int, ...], str], EncodeShader | None] = {}
-        self._texts: dict[tuple[EncodeShader, str], str] = {}
+        self._texts: dict[tuple[str, str], str] = {}
+        #: by the id of a job, with the job, so that no other gets its id: what quantizes it, and what a tile costs
+        self._known: dict[int, tuple[Job, EncodeShader | None, int]] = {}
 
     # ---- what a pipeline asks ----
 
-    def tiles(self, job: Job) -> int:
-        """Return how many tiles of a job go up at a time; 0 if the CPU is to do it."""
-        if self._failed or job.kept is False or job.size < _LEAST or self._shader(job) is None:
-            return 0
-        return self._tiles_in(job)
-
-    def _tiles_in(self, job: Job) -> int:
-        """Return how many tiles of a job make a step."""
-        return max(1, self._step // self._wide_nbytes(job, job.tile))
-
-    def encode(self, job: Job, start: int, raw: NDArray[np.uint8], outputs: Scratch) -> dict[str, NDArray[Any]] | None:
-        """Quantize whole tiles; None if the CPU is to do it."""
-        if self._failed or job.kept is False:
-            return None
-        try:
-            lanes = self._lanes
-            lane = lanes.get()
-            try:
-                lane = lane or _Lane(self.device, self._step)
-                found = self._encode(lane, job, start, raw, outputs)
-            finally:
-                lanes.put(lane)
-        except DeviceError as error:
-            self._give_up(error)
-            found = None
+    def expect(self, jobs: Sequence[Job]) -> int:
+        """Give every tensor its place, those that will come together side by side; return the bytes that come here."""
         with self._lock:
-            if found is None:
-                job.kept = False  # it lacks these tiles
-                self.given_back += 1
-            else:
-                self.steps += 1
-                if job.kept:
-                    job.kept.done += min(job.size - start, self._weights(job, raw.size))
-        return found
+            mine, bundle = [job for job in jobs if self._look(job)[2]], Bundle(self.device)
+            for job in jobs:
+                job.kept = False
+            for job in mine:
+                rooms = {part.name: self._room(job, part) for part in _parts(job)}
+                if not bundle.takes(rooms):
+                    bundle = Bundle(self.device)
+                places = bundle.add(rooms)
+                job.kept = Kept(self.device, bundle, {part.name: (places[part.name], part.nbytes) for part in _parts(job)})
+        return sum(job.info.nbytes for job in mine)
+
+    def cost(self, job: Job) -> int:
+        """Return what a tile of a job takes of the room; 0 if the CPU is to do it."""
+        if self._failed or job.kept is False:
+            return 0
+        if job.kept is None:  # not known before: one that begins again, another way
+            self.expect([job])
+        return self._look(job)[2]
+
+    def encode(self, stretches: Sequence[Stretch], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
+        """Quantize whole tiles; None for those that the CPU is to do."""
+        mine = [stretch for stretch in stretches if not self._failed and stretch.job.kept]
+        found: list[dict[str, NDArray[Any]] | None] = []
+        if mine:
+            try:
+                lanes = self._lanes
+                lane = lanes.get()
+                try:
+                    lane = lane or _Lane(self.device, self.room)
+                    found = self._encode(lane, mine, outputs)
+                finally:
+                    lanes.put(lane)
+            except DeviceError as error:
+                self._give_up(error)
+        made = dict(zip(map(id, mine), found, strict=False))
+        with self._lock:
+            for stretch in stretches:
+                if made.get(id(stretch)) is None:
+                    stretch.job.kept = False  # it lacks these tiles
+                    self.given_back += 1
+                else:
+                    self.steps += 1
+                    if stretch.job.kept:
+                        stretch.job.kept.done += stretch.stop - stretch.start
+        return [made.get(id(stretch)) for stretch in stretches]
 
     def _give_up(self, error: DeviceError) -> None:
         with self._lock:
@@ -133,16 +220,26 @@ class GpuQuantizer:
         """Let go of the buffers of the steps."""
         with self._lock:
             self._failed = True
+            self._known.clear()
             self._lanes = queue.LifoQueue()  # a step that is under way gives its lane back to the old one
             self._lanes.put(None)
 
-    # ---- one step ----
+    # ---- what is known of a job ----
+
+    def _look(self, job: Job) -> tuple[Job, EncodeShader | None, int]:
+        """Return what quantizes a job, and what a tile costs; nothing if the CPU is to do it."""
+        found = self._known.get(id(job))
+        if found is None:
+            shader, nbytes = self._shader(job), self._wide_nbytes(job, min(job.tile, job.size))
+            cost = max(-(-nbytes // self.device.alignment) * self.device.alignment, -(-self.room // _MOST))
+            found = self._known[id(job)] = (job, shader, cost if shader is not None else 0)
+        return found
 
     def _shader(self, job: Job) -> EncodeShader | None:
         """Return the shader that a job needs; None if there is none, or the device cannot bind what it makes."""
         info, decision = job.info, job.decision
         blocks = info.is_block and not (job.changes or decision.exponent)
-        if job.encoder is None or not (job.as_stored or blocks) or decision.codec not in codec_ids():
+        if job.size < max(1, _LEAST) or job.encoder is None or not (job.as_stored or blocks) or decision.codec not in codec_ids():
             return None
         if blocks and _decoder(info.dtype) is None:
             return None
@@ -151,102 +248,142 @@ class GpuQuantizer:
         if key not in self._shaders:
             self._shaders[key] = codec(decision.codec).encode_shader(info.shape, variant)
         shader = self._shaders[key]
-        if shader is None or self._wide_nbytes(job, job.tile) > self._step:
+        if shader is None or self._wide_nbytes(job, min(job.tile, job.size)) > self.room:
             return None
-        step = self._tiles_in(job) * job.tile // shader.unit
-        made = max(step * nbytes for nbytes in shader.parts.values())
-        fits = all(self._room(part) <= self.device.max_buffer for part in job.encoder.parts)
+        units = self.room // self._wide_nbytes(job, shader.unit) + 1
+        made = max(units * nbytes for nbytes in shader.parts.values())
+        fits = all(self._room(job, part, shader) <= self.device.max_buffer for part in job.encoder.parts)
         return shader if fits and made + self.device.alignment <= self.device.max_binding else None
 
-    def _room(self, part: Part) -> int:
-        """Return the bytes of a part's place: a shader binds whole words, from an alignment on."""
-        align = self.device.alignment
-        return -(-part.nbytes // align) * align + align
+    def _room(self, job: Job, part: Part, shader: EncodeShader | None = None) -> int:
+        """Return the bytes of a part's place: a shader binds whole words from an alignment on, and writes whole units."""
+        shader, align = shader or self._look(job)[1], self.device.alignment
+        assert shader is not None
+        exact = part.nbytes % align == 0 and job.size % shader.unit == 0
+        return part.nbytes if exact else -(-part.nbytes // align) * align + align
 
     def _wide_nbytes(self, job: Job, weights: int) -> int:
         """Return the bytes of weights as a shader reads them."""
         return weights * (4 if job.info.is_block else ITEMSIZE[job.info.dtype])
 
-    def _keep(self, job: Job) -> Kept | None:
-        """Return where the parts of a tensor stand on the device, made at its first step."""
-        with self._lock:
-            if job.kept is None:
-                assert job.encoder is not None
-                shader = self._shader(job)
-                assert shader is not None
-                parts = [part for part in job.encoder.parts if part.weights]
-                sizes = {part.name: self._room(part) for part in parts}
-                if sum(sizes.values()) > self.device.max_buffer:
-                    homes = {name: (self.device.buffer(size, f"{name} of {job.info.name}"), 0) for name, size in sizes.items()}
-                else:
-                    buffer, position, homes = self.device.buffer(sum(sizes.values()), job.info.name), 0, {}
-                    for name, size in sizes.items():
-                        homes[name] = buffer, position
-                        position += size
-                job.kept = Kept(self.device, {part.name: (*homes[part.name], part.nbytes) for part in parts})
-            return job.kept or None
+    # ---- one step ----
 
-    def _encode(self, lane: _Lane, job: Job, start: int, raw: NDArray[np.uint8], outputs: Scratch) -> dict[str, NDArray[Any]] | None:
-        device, shader, kept = self.device, self._shader(job), self._keep(job)
-        assert shader is not None
-        assert job.encoder is not None
-        if kept is None:
-            return None
-        stop = min(job.size, start + self._weights(job, raw.size))
-        count, align = stop - start, device.alignment
-        units = -(-count // shader.unit)
-        device.write(lane.source, 0, raw)
-        encoder = device.encoder()
-        source, element = (lane.source, 0, -(-raw.size // 4) * 4), job.info.dtype
-        planned = {part.name: part for part in job.encoder.parts}
-        bound: list[Binding] = []
-        bases: list[int] = []
-        wanted: list[tuple[Binding, Any]] = []
-        arrays: dict[str, NDArray[Any]] = {}
-        for name, each in shader.parts.items():
-            first, nbytes = start // shader.unit * each, units * each
-            if name in kept.parts:
-                buffer, offset, size = kept.parts[name]
-                exact = min(nbytes, size - first)
-            else:
-                buffer, offset, first, exact = self._extra(lane, name, nbytes), 0, 0, nbytes
-            from_ = (offset + first) // align * align
-            bases.append((offset + first - from_) // 4)
-            bound.append((buffer, from_, offset + first - from_ + nbytes))
-            flat = outputs.array(f"from the device: {name}", np.uint8, exact)
-            wanted.append(((buffer, offset + first, exact), flat))
-            arrays[name] = flat.view(np.float32) if name not in planned or not planned[name].weights else flat
-        status = np.empty(4, np.uint8)
-        wanted.append(((lane.status, 0, 4), status))
+    def _encode(self, lane: _Lane, stretches: Sequence[Stretch], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
+        """Quantize what fits a lane; None for what a shader does not know."""
+        device, runs = self.device, self._runs(lane, stretches)
+        encoder, settings = device.encoder(), lane.settings
+        for number, run in enumerate(runs):
+            bases = [made.offset % device.alignment // 4 for made in run.made.values()]
+            settings[number, :, : 1 + len(bases)] = [[run.weights, *bases], [run.weights, run.weights, *([0] * (len(bases) - 1))]]
+        tiles, at = [(0, settings[: len(runs)].reshape(-1).view(np.uint8))], settings.nbytes
+        for run in runs:
+            at = run.at
+            for stretch in run.stretches:
+                tiles.append((at, stretch.raw))
+                at += stretch.raw.size
+        lane.transfer.put(encoder, tiles, lane.source)
         device.clear(encoder, lane.status)
         with device.compute_pass(encoder) as within:
-            if job.info.is_block:
-                decoder = _decoder(job.info.dtype)
-                assert decoder is not None
-                lane.wide = lane.wide or device.buffer(-(-self._step // 256) * 256, "decoded tiles")
-                wide = (lane.wide, 0, count * 4)
-                pipeline = device.pipeline(decode_source(decoder, "F32", fast=True))
-                device.dispatch(within, pipeline, [wide, device.uniform(count, count, 0), source], -(-count // (UNIT * 256)))
-                source, element = wide, "F32"
-            text = self._texts.get((shader, element)) or self._texts.setdefault((shader, element), shader.whole(element))
-            pipeline = device.pipeline(text)
-            settings = device.uniform(count, *bases)
-            device.dispatch(within, pipeline, [source, (lane.status, 0, 4), settings, *bound], -(-units // shader.units))
-        device.read_into(wanted, before=encoder)
-        return None if status.any() else arrays
-
-    def _weights(self, job: Job, nbytes: int) -> int:
-        """Return how many weights bytes of the source are."""
-        if job.info.is_block:
-            kind = block_type(job.info.dtype)
-            return nbytes // kind.nbytes * kind.weights
-        return nbytes // ITEMSIZE[job.info.dtype]
-
-    def _extra(self, lane: _Lane, name: str, nbytes: int) -> Any:
-        found = lane.extra.get(name)
-        if found is None or found.size < nbytes:
-            found = lane.extra[name] = self.device.buffer(1 << max(8, math.ceil(math.log2(nbytes))), f"{name} of a step")
+            for number, run in enumerate(runs):
+                self._dispatch(within, lane, number, run)
+        status = np.empty((len(runs), device.alignment), np.uint8)
+        wanted: list[tuple[Binding, list[NDArray[np.uint8]]]] = [((lane.status, 0, status.size), [status.reshape(-1)])]
+        taken: list[list[dict[str, NDArray[np.uint8]]]] = []
+        for run in runs:
+            taken.append([{} for _ in run.stretches])
+            for name, made in run.made.items():
+                wanted.append(((made.buffer, made.offset, made.nbytes), []))
+                for stretch, nbytes, arrays in zip(run.stretches, run.sizes(name), taken[-1], strict=True):
+                    arrays[name] = stretch.into[name] if name in stretch.into else outputs.array(f"from the device: {name}", np.uint8, nbytes)
+                    wanted[-1][1].append(arrays[name])
+        lane.transfer.run(encoder, wanted)
+        found: list[dict[str, NDArray[Any]] | None] = []
+        for run, made_of, bad in zip(runs, taken, status[:, :4].max(axis=1).tolist(), strict=True):
+            if not bad:
+                found += [_typed(stretch, arrays) for stretch, arrays in zip(run.stretches, made_of, strict=True)]
+            elif len(run.stretches) == 1:
+                found.append(None)
+            else:  # which of them it is
+                found += [one for stretch in run.stretches for one in self._encode(lane, [stretch], outputs)]
         return found
+
+    def _runs(self, lane: _Lane, stretches: Sequence[Stretch]) -> list[_Run]:
+        """Return what is to be dispatched, with its places in the lane."""
+        device, runs = self.device, list[_Run]()
+        for stretch in stretches:
+            run = self._run(stretch)
+            if not runs or not runs[-1].add(run):
+                runs.append(run)
+        at, wide_at = lane.settings.nbytes, 0
+        behind: dict[str, int] = {}
+        for run in runs:
+            run.at, run.wide_at = at, wide_at
+            at += self._aligned(run.nbytes)
+            wide_at += self._aligned(run.weights * 4) if run.stretches[0].job.info.is_block else 0
+            for name, made in run.made.items():
+                if made.buffer is None:
+                    made.offset = behind.get(name, 0)
+                    behind[name] = made.offset + self._aligned(made.whole)
+        for name, nbytes in behind.items():
+            if name not in lane.extra or lane.extra[name].size < nbytes:
+                lane.extra[name] = device.buffer(1 << (nbytes - 1).bit_length(), f"{name} of a step")
+        for run in runs:
+            for name, made in run.made.items():
+                made.buffer = made.buffer or lane.extra[name]
+        if wide_at and lane.wide is None:
+            lane.wide = device.buffer(self._aligned(self.room), "decoded tiles")
+        return runs
+
+    def _aligned(self, nbytes: int) -> int:
+        return -(-nbytes // self.device.alignment) * self.device.alignment
+
+    def _run(self, stretch: Stretch) -> _Run:
+        """Return what one stretch is dispatched as."""
+        job, kept, shader = stretch.job, stretch.job.kept, self._look(stretch.job)[1]
+        assert shader is not None
+        kept.bundle.make()
+        units, made = -(-(stretch.stop - stretch.start) // shader.unit), {}
+        for name, each in shader.parts.items():
+            first, whole = stretch.start // shader.unit * each, units * each
+            if name in kept.places:
+                offset, nbytes = kept.places[name]
+                made[name] = _Made(kept.bundle.buffer(name), offset + first, min(whole, nbytes - first), whole)
+            else:
+                made[name] = _Made(None, 0, whole, whole)
+        return _Run([stretch], shader, "F32" if job.info.is_block else job.info.dtype, made)
+
+    def _dispatch(self, within: Any, lane: _Lane, number: int, run: _Run) -> None:
+        """Record what quantizes a run."""
+        device, info, align = self.device, run.stretches[0].job.info, self.device.alignment
+        settings = [(lane.source, (2 * number + second) * align, 16) for second in range(2)]
+        source: Binding = (lane.source, run.at, -(-run.nbytes // 4) * 4)
+        if info.is_block:
+            decoder, wide = _decoder(info.dtype), (lane.wide, run.wide_at, run.weights * 4)
+            assert decoder is not None
+            pipeline = device.pipeline(decode_source(decoder, "F32", fast=True))
+            device.dispatch(within, pipeline, [wide, settings[1], source], -(-run.weights // (UNIT * 256)))
+            source = wide
+        key = run.shader.source, run.element
+        text = self._texts.get(key) or self._texts.setdefault(key, run.shader.whole(run.element))
+        bound: list[Binding] = []
+        for made in run.made.values():
+            begin = made.offset // align * align
+            bound.append((made.buffer, begin, made.offset - begin + made.whole))
+        units = -(-run.weights // run.shader.unit)
+        places = [source, (lane.status, number * align, 4), settings[0], *bound]
+        device.dispatch(within, device.pipeline(text), places, -(-units // run.shader.units))
+
+
+def _parts(job: Job) -> list[Part]:
+    """Return the parts that are made by tiles, and kept on the device."""
+    assert job.encoder is not None
+    return [part for part in job.encoder.parts if part.weights]
+
+
+def _typed(stretch: Stretch, arrays: dict[str, NDArray[np.uint8]]) -> dict[str, NDArray[Any]]:
+    """Return parts as an encoder takes them: as bytes what is stored, and as float32 what it makes a part of itself."""
+    kept = {part.name for part in _parts(stretch.job)}
+    return {name: array if name in kept else array.view(np.float32) for name, array in arrays.items()}
 
 
 def _decoder(name: str) -> WeightShader | None:

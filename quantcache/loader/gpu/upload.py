@@ -436,7 +436,7 @@ class GpuModel(Mapping[str, GpuTensor]):
 
     def _put(self, arriving: _Arriving, buffer: Any, offset: int, data: Any) -> None:
         if any(buffer is one for one in arriving.mapped):  # not what a quantizer made
-            _write_mapped(buffer, offset, data)
+            self.device.write_mapped(buffer, offset, data)
         else:
             self.device.write(buffer, offset, data)
 
@@ -542,12 +542,3 @@ def _bytes(tensor: QuantTensor | Any) -> dict[str, Any]:
     """Return part -> flat uint8; views, unless a plain matrix stands the other way round in its file."""
     parts = tensor.parts if isinstance(tensor, QuantTensor) else {"values": tensor}
     return {name: np.ascontiguousarray(part).reshape(-1).view(np.uint8) for name, part in parts.items()}
-
-
-def _write_mapped(buffer: Any, offset: int, data: Any) -> None:
-    """Write into a mapped buffer, which takes whole eights."""
-    whole = data.size // 8 * 8
-    if whole:
-        buffer.write_mapped(data[:whole], offset)
-    if whole < data.size:
-        buffer.write_mapped(np.frombuffer(bytes(data[whole:]).ljust(8, b"\0"), np.uint8), offset + whole)
