@@ -22,7 +22,7 @@ from common import Row, alternate, arguments, median, settle, table, write_json
 from models import make, shapes
 
 import quantcache as qc
-from quantcache.quant.codec import quantize
+from quantcache.quant.codec import codec, quantize
 from quantcache.tensor import BLOCKS, element_name
 
 _STEP = 8 << 20
@@ -276,7 +276,7 @@ def products(device: Any, rounds: int, sizes: list[tuple[int, int]], total: int)
     source = (rng.standard_normal(1 << 20) * 0.02).astype(np.float16)
     noise = rng.integers(0, 256, 1 << 20, np.uint8)
     for rows, width in sizes:
-        for kind in ("f16", "int8", "int8-row", "nf4", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"):
+        for kind in ("f16", "int8", "int8-row", "nf4", "nf4-dq", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"):
             parts = _parts(kind, rows, width, source, noise)
             nbytes = sum(part.nbytes for part in parts.values())
             tensors = [_tensor(device, kind, (rows, width), parts) for _ in range(max(1, total // nbytes))]
@@ -316,7 +316,9 @@ def _parts(kind: str, rows: int, width: int, source: Any, noise: Any) -> dict[st
     if kind == "f16":
         return {"values": np.resize(few, (rows, width))}
     made = quantize(kind, few)[1]
-    return {name: np.resize(part, part.size * rows // 64) if part.size > 64 or name in ("scales", "absmax") else part for name, part in made.items()}
+    whole = {"quant_map", "nested_quant_map", "quant_state"}
+    grown = {name: part if name in whole else np.resize(part, part.size * rows // 64) for name, part in made.items()}
+    return grown | codec(kind).for_shader(made)
 
 
 def _tensor(device: Any, kind: str, shape: tuple[int, int], parts: Any) -> Any:

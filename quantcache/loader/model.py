@@ -37,7 +37,7 @@ from quantcache.loader.shards import DamagedError, Options, Shard
 from quantcache.loader.source import Source, open_checkpoint
 from quantcache.loader.tiles import Quantizer
 from quantcache.quant.blocks import dequantize
-from quantcache.quant.codec import codec
+from quantcache.quant.codec import codec, codec_ids
 from quantcache.tensor import PartSize, QuantTensor, TensorInfo
 from quantcache.trace import Profile, span, working_for
 
@@ -226,6 +226,12 @@ class Model(Mapping[str, Tensor]):
             PartSize(part, slots[key].dtype, slots[key].nbytes, offsets.get(key, 0), slots[key].chunk)
             for part, key in record["parts"].items()
         ]
+
+    def shader_parts(self, name: str) -> Mapping[str, tuple[str, int]]:
+        """Return what a GPU needs of a tensor beside its parts: see Codec.for_shader; known when part_sizes() is."""
+        shard = self._home[name]
+        used = "" if name in shard.native else shard.described(name)[0]["codec"]
+        return codec(used).shader_parts if used in codec_ids() else {}
 
     def kept(self, name: str) -> Any:
         """Return what the load's quantizer kept of a tensor, None if it did not quantize it; waits until it is quantized."""

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -188,6 +189,8 @@ class Codec(ABC):
     version: ClassVar[int] = 1
     #: the layouts to try in turn: if one refuses with F32_SCALES, the next is taken
     variants: ClassVar[tuple[str, ...]] = ("",)
+    #: what a shader needs beside the stored parts, and is made of them: name -> element type and bytes
+    shader_parts: ClassVar[Mapping[str, tuple[str, int]]] = MappingProxyType({})
 
     def parameters(self) -> dict[str, Any]:
         """Return what else of the codec belongs in the key document."""
@@ -204,6 +207,17 @@ class Codec(ABC):
     @abstractmethod
     def multiple(self, shape: tuple[int, ...]) -> int:
         """Return the number of weights that tiles are made of."""
+
+    def for_shader(self, parts: Mapping[str, Array]) -> dict[str, Array]:
+        """Return what `shader_parts` names.
+
+        Args:
+            parts: of one tensor, which may be damaged.
+
+        Raises:
+            ValueError: nothing can be made of them.
+        """
+        return {}
 
     def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
         """Return how a GPU gets at the weights; None if it does not.

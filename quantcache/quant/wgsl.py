@@ -56,12 +56,14 @@ class WeightShader:
         parts: name of a stored part -> WGSL type of the storage array that it is bound as, in binding order.
         source: defines qc_init, qc_unit and perhaps qc_weight.
         any_width: whether there is a qc_weight.
+        by_rows: whether parts may be bound for some of the rows, which are numbered from there on.
         dots: what qc_dots takes; None if there is none.
     """
 
     parts: Mapping[str, str]
     source: str
     any_width: bool = False
+    by_rows: bool = True
     dots: Dots | None = None
 
     @property

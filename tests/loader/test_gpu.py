@@ -59,8 +59,9 @@ def damage(folder: Path, position: int | None = None) -> None:
 
 
 def there(tensor: Any) -> dict[str, bytes]:
-    """Return the same of a tensor on the device."""
-    return {name: b"".join(tensor.device.read(piece).tobytes() for piece in pieces) for name, pieces in tensor.pieces.items()}
+    """Return the same of a tensor on the device, without what only shaders need."""
+    pieces = {name: found for name, found in tensor.pieces.items() if name != "nested_offset"}
+    return {name: b"".join(tensor.device.read(piece).tobytes() for piece in found) for name, found in pieces.items()}
 
 
 @pytest.mark.parametrize("quant", ["nf4", "nf4-dq", "int8", "int8-row", "f16"])
@@ -95,7 +96,7 @@ def test_small_limits(small: Callable[..., Any], path: Path, tmp_path: Path) -> 
             gpu.matvec(found["blocks.1.odd.weight"], np.zeros(131, np.float32))
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int8", "int8-row", "f16"])
+@pytest.mark.parametrize("quant", ["nf4", "nf4-dq", "int8", "int8-row", "f16"])
 def test_weights_and_products(device: Any, path: Path, tmp_path: Path, quant: str) -> None:
     """Decoded weights equal the references, int8's within one unit of float16; products are within float32's rounding."""
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
@@ -118,6 +119,22 @@ def test_weights_and_products(device: Any, path: Path, tmp_path: Path, quant: st
             assert gpu.matvec(tensor, x[0]).shape == tensor.shape[:1]
             with pytest.raises(qc.UsageError):
                 gpu.matvec(tensor, np.zeros(tensor.shape[1] + 1, np.float32))
+
+
+def test_an_offset_that_only_shaders_need(device: Any, small: Callable[..., Any], tmp_path: Path) -> None:
+    """nf4-dq's offset is taken from its text, also if that was damaged; what is bound as a whole is refused where it does not fit."""
+    save_file({"w.weight": np.random.default_rng().standard_normal((300, 512)).astype(np.float16)}, tmp_path / "m.safetensors")
+    with qc.load(tmp_path / "m.safetensors", "nf4-dq", cache=tmp_path / "c") as model:
+        want = model["w.weight"].dequantize(np.float32)
+    (entry,) = tmp_path.glob("c/v*/entries/*/*.safetensors")
+    for text in (b'{"quant_type"', b'"nested_offset": '):
+        damage(tmp_path, entry.read_bytes().rindex(text))  # the header has no such text
+        with pytest.warns(qc.QuantcacheWarning, match="damaged"), qc.load(tmp_path / "m.safetensors", "nf4-dq", cache=tmp_path / "c") as model:
+            with model.upload(device) as found:
+                assert found["w.weight"].dtypes["nested_offset"] == "F32"
+                assert np.array_equal(gpu.dequantize(found["w.weight"], np.float32), want)
+            with model.upload(small(max_binding=4096)) as found, pytest.raises(qc.DeviceError, match="binds at most"):
+                gpu.matvec(found["w.weight"], np.zeros(512, np.float32))
 
 
 @pytest.mark.parametrize("keeps", [None, False])
@@ -164,7 +181,7 @@ def test_a_damaged_tensor_never_gets_there(device: Any, path: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("how", [{}, {"lazy": True}, {"order": "size"}])
-@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize("quant", ["nf4", "nf4-dq", "int8"])
 def test_a_flipped_byte_anywhere(device: Any, tmp_path: Path, quant: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever byte of the entry is wrong, in small parts and in those that go in several steps: it is found before anybody computes with it."""
     monkeypatch.setattr(steps, "_STEP", 1 << 20)

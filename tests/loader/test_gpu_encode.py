@@ -64,6 +64,7 @@ def same(folder: Path, path: Path, device: Any, **how: Any) -> None:
             for name in wanted:
                 assert parts(got[name]) == parts(wanted[name]), name
                 arrived = {part: b"".join(device.read(place).tobytes() for place in places) for part, places in there[name].pieces.items()}
+                arrived.pop("nested_offset", None)  # which only shaders need
                 assert arrived == parts(wanted[name]), name
     digests = []
     for store in ("cpu", "gpu"):

@@ -73,7 +73,7 @@ def dequantize(tensor: GpuTensor, dtype: DTypeLike = np.float16) -> Array:
     fast = _by_units(tensor, shader)
     per_thread = UNIT if fast else 2
     found = []
-    for rows, bound in row_chunks(tensor, tuple(shader.parts)):
+    for rows, bound in row_chunks(tensor, shader):
         room = device.max_binding // itemsize // tensor.width // 2 * 2 or len(rows)
         for start in range(0, len(rows), room):
             count = min(room, len(rows) - start) * tensor.width
@@ -146,7 +146,7 @@ def record_matvec(within: Any, tensor: GpuTensor, x: Binding, y: Binding, batch:
         raise UsageError(f"x and y have {x[2]} and {y[2]} bytes, {batch} vectors take {batch * width * 4} and {batch * rows * 4}")
     fast = _by_units(tensor, shader)
     keeps = shader.asks and _keeps_subnormals(device)
-    for part, bound in row_chunks(tensor, tuple(shader.parts)):
+    for part, bound in row_chunks(tensor, shader):
         for first in range(0, batch, _BATCH):
             few = min(_BATCH, batch - first)
             dots = shader.dots if few == 1 and shader.dots and width % (2 * shader.dots.apart * UNIT) == 0 else None

@@ -123,16 +123,16 @@ def _shader(name: str, dtypes: frozenset[tuple[str, str]]) -> WeightShader:
         found = block_type(name).weight_shader
     if found is None:
         what = next(iter(dict(dtypes).values())) if name == "f16" else name
-        raise CodecError(f"no shader here decodes {what}", hint="nf4, int8, int8-row, f16, Q8_0, Q4_0, Q4_K, Q5_K and Q6_K have one")
+        raise CodecError(f"no shader here decodes {what}", hint="nf4, nf4-dq, int8, int8-row, f16, Q8_0, Q4_0, Q4_K, Q5_K and Q6_K have one")
     return found
 
 
-def row_chunks(tensor: GpuTensor, names: Sequence[str]) -> list[tuple[range, dict[str, Binding]]]:
+def row_chunks(tensor: GpuTensor, shader: WeightShader) -> list[tuple[range, dict[str, Binding]]]:
     """Cut a tensor into runs of rows whose parts can each be bound as one.
 
     Args:
         tensor: any.
-        names: the parts that are to be bound.
+        shader: says which parts are bound, and whether by rows.
 
     Returns:
         (rows, part -> binding), in order.
@@ -140,12 +140,12 @@ def row_chunks(tensor: GpuTensor, names: Sequence[str]) -> list[tuple[range, dic
     Raises:
         DeviceError: a row is larger than the device binds.
     """
-    device, rows = tensor.device, max(1, tensor.rows)
+    device, rows, names = tensor.device, max(1, tensor.rows), tuple(shader.parts)
     sizes = {name: sum(size for _, _, size in tensor.pieces[name]) for name in names}
     edges = {0, rows}
     step = 1
     for name in names:
-        if sizes[name] % rows:  # no whole bytes a row: bound whole or not at all
+        if sizes[name] % rows or not shader.by_rows:  # no whole bytes a row: bound whole or not at all
             step = rows
             continue
         row = sizes[name] // rows

@@ -23,7 +23,8 @@ from quantcache.loader.gpu.device import Device
 from quantcache.loader.gpu.steps import Parts, runs, units
 from quantcache.loader.gpu.tensors import GpuTensor, Home, Span, padded_nbytes, place
 from quantcache.loader.mapping import populate
-from quantcache.tensor import QuantTensor, element_name
+from quantcache.quant.codec import codec, codec_ids
+from quantcache.tensor import PartSize, QuantTensor, element_name
 from quantcache.trace import working_for
 
 if TYPE_CHECKING:
@@ -106,7 +107,12 @@ class _Arriving:
             return found
         whole = all(len(pieces) == 1 for pieces in self.places[name].values())
         tensor, checks = model.unchecked(name) if whole and not again else (model.in_memory(name), {})
-        arrays = _bytes(tensor)
+        try:
+            arrays = _bytes(tensor)
+        except ValueError:  # of what nobody has checked yet nothing could be made
+            if again:
+                raise
+            return self.parts_of(model, name, again=True)
         for part, pieces in self.places[name].items():
             planned = sum(size for _, _, size in pieces)
             if arrays[part].size != planned:
@@ -345,7 +351,13 @@ class GpuModel(Mapping[str, GpuTensor]):
 
     def _size(self, group: _Group) -> int:
         """Return the bytes that a group takes on the device; waits until it is quantized."""
-        return sum(padded_nbytes(part.nbytes, self.device) for name in group.names for part in self._model.part_sizes(name))
+        return sum(padded_nbytes(part.nbytes, self.device) for name in group.names for part in self._parts(name))
+
+    def _parts(self, name: str) -> list[PartSize]:
+        """Return what is to be on the device of a tensor; waits until it is quantized."""
+        parts = self._model.part_sizes(name)
+        behind = max((part.position for part in parts), default=0)
+        return parts + [PartSize(part, dtype, nbytes, behind) for part, (dtype, nbytes) in self._model.shader_parts(name).items()]
 
     def _make_room(self, group: _Group, beside: _Group | None) -> bool:
         """Let the least recently used layers go, until a group fits the budget; return whether it may come."""
@@ -380,7 +392,7 @@ class GpuModel(Mapping[str, GpuTensor]):
     def _begin(self, group: _Group) -> _Arriving:
         """Make a group's buffers, and have the threads fill them; on a miss, once it is quantized."""
         model, device = self._model, self.device
-        parts = {name: model.part_sizes(name) for name in group.names}
+        parts = {name: self._parts(name) for name in group.names}
         kept = {name: found.parts for name in group.names if (found := model.kept(name)) is not None and found.device.raw is device.raw}
         described = {name: (model.rows(name), [part for part in parts[name] if part.name not in kept.get(name, ())]) for name in group.names}
         mapped: list[Any] = []
@@ -534,11 +546,18 @@ def _bundled(groups: list[list[str]], sizes: Mapping[str, int]) -> list[list[str
 def _kind(tensor: QuantTensor | Any) -> tuple[str, tuple[int, ...], dict[str, str]]:
     """Return codec, shape and element types of a tensor as a GPU has it."""
     if isinstance(tensor, QuantTensor):
-        return tensor.codec, tensor.shape, {name: element_name(part.dtype) for name, part in tensor.parts.items()}
+        more = {name: dtype for name, (dtype, _) in codec(tensor.codec).shader_parts.items()} if tensor.codec in codec_ids() else {}
+        return tensor.codec, tensor.shape, {name: element_name(part.dtype) for name, part in tensor.parts.items()} | more
     return "f16", tensor.shape, {"values": element_name(tensor.dtype)}
 
 
 def _bytes(tensor: QuantTensor | Any) -> dict[str, Any]:
-    """Return part -> flat uint8; views, unless a plain matrix stands the other way round in its file."""
-    parts = tensor.parts if isinstance(tensor, QuantTensor) else {"values": tensor}
+    """Return part -> flat uint8; views, unless a plain matrix stands the other way round in its file, and what only a shader needs.
+
+    Raises:
+        ValueError: the parts are damaged.
+    """
+    parts = dict(tensor.parts) if isinstance(tensor, QuantTensor) else {"values": tensor}
+    if isinstance(tensor, QuantTensor) and tensor.codec in codec_ids():
+        parts |= codec(tensor.codec).for_shader(parts)
     return {name: np.ascontiguousarray(part).reshape(-1).view(np.uint8) for name, part in parts.items()}

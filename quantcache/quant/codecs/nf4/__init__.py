@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,18 @@ def _quant_state(shape: tuple[int, ...], source_dtype: str, offset: float | None
     # 32 characters are left for the offset, so that the size is known before it is
     room = len(text) if offset is None else len(text) - len(json.dumps(offset)) + 32
     return np.frombuffer(text.ljust(-(-room // 64) * 64), np.uint8)
+
+
+def _nested_offset(parts: Mapping[str, Array]) -> float:
+    """Return what is added to every absmax.
+
+    Raises:
+        ValueError: the state is damaged.
+    """
+    try:
+        return float(json.loads(parts["quant_state"].tobytes())["nested_offset"])
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no offset in the state: {error}") from error
 
 
 class Nf4Encoder(Encoder):
@@ -155,11 +168,12 @@ class Nf4(Codec):
         return Nf4Encoder(name, shape, source_dtype, nested=self.nested)
 
     def weight_shader(self, dtypes: Mapping[str, str]) -> WeightShader | None:
-        """Return weights.wgsl; None if absmax is quantized, too."""
+        """Return weights.wgsl, and how it gets at absmax."""
+        parts, scale = {"codes": "array<vec2<u32>>", "absmax": "array<f32>"}, "codecs/nf4/scale.wgsl"
         if self.nested:
-            return None
-        parts = {"codes": "array<vec2<u32>>", "absmax": "array<f32>"}
-        return WeightShader(parts, read("codecs/nf4/weights.wgsl"), dots=Dots(run=1, apart=1, rows=8))
+            numbers = ("nested_absmax", "nested_quant_map", "nested_offset")
+            parts, scale = parts | {"absmax": "array<u32>"} | dict.fromkeys(numbers, "array<f32>"), "codecs/nf4/scale_nested.wgsl"
+        return WeightShader(parts, read(scale) + read("codecs/nf4/weights.wgsl"), dots=Dots(run=1, apart=1, rows=8), by_rows=not self.nested)
 
     def encode_shader(self, shape: tuple[int, ...], variant: str) -> EncodeShader | None:
         """Return encode.wgsl; of nested ones absmax becomes codes on the CPU."""
@@ -187,14 +201,19 @@ class Nf4DoubleQuantized(Nf4):
 
     id = "nf4-dq"
     nested = True
+    shader_parts = MappingProxyType({"nested_offset": ("F32", 4)})
 
     def bits_per_weight(self) -> float:
         """Return 4 + 8 / 64 + 32 / 16384."""
         return 4 + 8 / reference.BLOCK + 32 / (reference.BLOCK * reference.NESTED)
 
+    def for_shader(self, parts: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the offset, which stands in a JSON text."""
+        return {"nested_offset": np.array([_nested_offset(parts)], np.float32)}
+
     def absmax(self, parts: Mapping[str, Array]) -> NDArray[np.float32]:
         """Decode the absmax of every block, float32[n / 64]."""
-        offset = json.loads(parts["quant_state"].tobytes())["nested_offset"]
+        offset = _nested_offset(parts)
         codes, nested = parts["absmax"], parts["nested_absmax"]
         if native.level() == "reference":
             return reference.decode_absmax(codes, nested, np.float32(offset), NESTED_MAP)

@@ -1,5 +1,5 @@
-// NF4: eight weights are a word, the first of a byte in its high nibble; one float32 absmax for 64 weights.
-// qc_codes: array<vec2<u32>>, qc_absmax: array<f32>. The table lies in workgroup memory: sixteen words in sixteen banks.
+// NF4: eight weights are a word, the first of a byte in its high nibble; qc_scale() is what unit `at` of 8 weights is multiplied with.
+// qc_codes: array<vec2<u32>>. The table lies in workgroup memory: sixteen words in sixteen banks.
 
 const QC_TABLE = array<f32, 16>(
   -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -22,7 +22,7 @@ fn qc_low(word: u32) -> vec4<f32> {
 fn qc_unit(row: u32, unit: u32, width: u32) -> array<vec4<f32>, 2> {
   let at = row * (width / 8u) + unit;
   let codes = qc_codes[at >> 1u][at & 1u];
-  let scale = qc_absmax[at >> 3u];
+  let scale = qc_scale(at);
   return array<vec4<f32>, 2>(qc_low(codes) * scale, qc_low(codes >> 16u) * scale);
 }
 
@@ -31,5 +31,5 @@ fn qc_dots(row: u32, unit: u32, width: u32, a: vec4<f32>, b: vec4<f32>, c: vec4<
   let at = row * (width / 8u) + unit;
   let codes = qc_codes[at >> 1u];
   let low = dot(qc_low(codes.x), a) + dot(qc_low(codes.x >> 16u), b);
-  return qc_absmax[at >> 3u] * (low + dot(qc_low(codes.y), c) + dot(qc_low(codes.y >> 16u), d));
+  return qc_scale(at) * (low + dot(qc_low(codes.y), c) + dot(qc_low(codes.y >> 16u), d));
 }
