@@ -31,9 +31,9 @@ from quantcache.cache.container import (
     slot_digest,
 )
 from quantcache.cache.filesystem import PRIVATE, Access, allocate, files_in, make_folders, sync_folder
-from quantcache.cache.keeping import keep
 from quantcache.cache.key import combine, digest
 from quantcache.errors import CacheError, CorruptEntryError, StoreReadOnlyError
+from quantcache.memory import HEAD, keep
 from quantcache.trace import span
 
 try:
@@ -46,8 +46,6 @@ __all__ = ["Reader", "StagedEntry", "StoredEntry", "quarantine", "remove_stale",
 #: What a staged file grows by at least, once a tensor needs more room than was planned; it is sparse.
 _EXTENSION = 64 << 20
 _STALE_S = 24 * 3600.0
-#: What of an entry is read first; the header of some hundred tensors fits.
-_HEAD = 64 << 10
 #: A map starts at a multiple of this: 4 KiB on most machines, 16 or 64 KiB on some arm64 ones.
 _MAP_ALIGNMENT = max(ALIGNMENT, mmap.ALLOCATIONGRANULARITY)
 
@@ -380,7 +378,7 @@ class StoredEntry:
             self._file = found.st_dev, found.st_ino
             if not shared and hasattr(os, "getuid") and found.st_uid not in (os.getuid(), 0):
                 raise CacheError(f"entry {key} belongs to user {found.st_uid}", hint="remove it, or use --shared")
-            head = os.pread(descriptor, _HEAD, 0)
+            head = os.pread(descriptor, HEAD, 0)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length + 8 > found.st_size or length > MAX_HEADER:
                 raise CorruptEntryError(f"entry {key}: the file is cut or its length is wrong")

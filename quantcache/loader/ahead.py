@@ -21,7 +21,8 @@ from quantcache.cache.blobs import Reader, StoredEntry
 from quantcache.cache.container import Slot
 from quantcache.cache.key import combine
 from quantcache.errors import SourceError
-from quantcache.loader.mapping import MappedFile, is_cached, populate, will_need
+from quantcache.loader.mapping import MappedFile
+from quantcache.memory import is_cached, populate, will_need
 from quantcache.quant.digest import digests
 from quantcache.trace import Profile, span, working_for
 

@@ -1,19 +1,16 @@
 """Own how a file is mapped and read: zero-copy views, and faults turned into errors.
 
-Weights are used where the page cache has them (docs/decisions/0003-reading.md), and faulted in by `populate` first, which
-reports a bad sector or a truncated file where a touch would kill. Knows no format.
+Weights are used where the page cache has them (docs/decisions/0003-reading.md), and faulted in first. Knows no format.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
 import sys
 import threading
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,87 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import SourceError, SourceNotFoundError
+from quantcache.memory import HEAD, PAGE, is_cached, knows_cached, populate, will_need
 from quantcache.quant import native
 from quantcache.quant.native import Calls
 from quantcache.trace import span
 
-__all__ = ["MappedFile", "is_cached", "populate", "will_need"]
-
-_MADV_POPULATE_READ = 22  # Linux 5.14; not yet a constant of the mmap module
-_PAGE = mmap.PAGESIZE
-#: What of a file is read at once when it is opened, since a header stands there: a fault of a cold one reads as much around itself as
-#: the disk's settings say, up to megabytes, and waits for all of it.
-_HEAD = 64 << 10
-
-
-@cache
-def _libc(name: str, last: type[Any]) -> Any:
-    """Return madvise or mincore of libc, None off Linux: mmap's own madvise holds the GIL, and takes no address.
-
-    Args:
-        name: of the function, which takes an address, a length and one more.
-        last: type of that one.
-    """
-    if not sys.platform.startswith("linux"):
-        return None
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, last]
-    return function
-
-
-def _madvise() -> Any:
-    return _libc("madvise", ctypes.c_int)
-
-
-def _mincore() -> Any:
-    return _libc("mincore", ctypes.c_void_p)
-
-
-def populate(address: int, nbytes: int) -> int:
-    """Fault mapped pages in from disk.
-
-    Args:
-        address: of the first byte.
-        nbytes: how many.
-
-    Returns:
-        0, or the errno that says why they cannot be read. Where the kernel cannot be asked (before Linux 5.14, or another
-        system) 0 too: they are read without the net.
-    """
-    madvise = _madvise()
-    if madvise is None or nbytes == 0:
-        return 0
-    start = address // _PAGE * _PAGE
-    if madvise(start, address + nbytes - start, _MADV_POPULATE_READ) == 0:
-        return 0
-    code = ctypes.get_errno()
-    return code if code in (errno.EFAULT, errno.EIO, getattr(errno, "EHWPOISON", -1)) else 0
-
-
-def will_need(address: int, nbytes: int) -> None:
-    """Have the system read mapped pages into the page cache, those and no others, without waiting for them."""
-    madvise, start = _madvise(), address // _PAGE * _PAGE
-    if madvise is not None and nbytes:
-        madvise(start, address + nbytes - start, mmap.MADV_WILLNEED)
-
-
-def is_cached(address: int, nbytes: int) -> bool:
-    """Return whether mapped pages are in the page cache, by looking at the first, the last, and some in between.
-
-    That tells a cold file from a warm one, and promises nothing: pages that are there need no `populate`, since what is
-    touched once is mapped as cheaply by touching it.
-    """
-    mincore = _mincore()
-    if mincore is None or not nbytes:
-        return False
-    first, last = address // _PAGE, (address + nbytes - 1) // _PAGE
-    samples = min(64, 2 + (nbytes >> 23))
-    state = ctypes.create_string_buffer(1)
-    for sample in range(samples):
-        page = first + (last - first) * sample // (samples - 1)
-        if mincore(page * _PAGE, _PAGE, state) != 0 or state.raw != b"\1":
-            return False
-    return True
+__all__ = ["MappedFile"]
 
 
 class MappedFile:
@@ -140,7 +62,7 @@ class MappedFile:
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         #: of the first byte
         self.address: int = self.bytes.__array_interface__["data"][0]
-        self.will_need(0, min(self.nbytes, _HEAD))
+        self.will_need(0, min(self.nbytes, HEAD))
 
     @property
     def nbytes(self) -> int:
@@ -169,7 +91,7 @@ class MappedFile:
 
     def add_populate(self, calls: Calls, offset: int, nbytes: int) -> None:
         """Have pages faulted in by a call of the phase "read"; `unreadable` says what it means if it fails."""
-        start = (self.address + offset) // _PAGE * _PAGE
+        start = (self.address + offset) // PAGE * PAGE
         calls.places[len(calls)] = offset
         calls.add(native.system("populate"), start, self.address + offset + nbytes - start, phase="read", nbytes=nbytes)
 
@@ -194,7 +116,7 @@ class MappedFile:
     @property
     def is_cold(self) -> bool:
         """Whether some of the file has to come from disk, as far as a few pages tell."""
-        return _mincore() is not None and not is_cached(self.address, self.nbytes)
+        return knows_cached() and not is_cached(self.address, self.nbytes)
 
     def changed(self) -> bool:
         """Return whether the path now leads to other content than was opened, as far as stat() tells."""

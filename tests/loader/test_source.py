@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from safetensors import numpy as library
 
+from quantcache import memory
 from quantcache.cache.key import fingerprint
 from quantcache.errors import SourceError, SourceNotFoundError
-from quantcache.loader import mapping
 from quantcache.loader.mapping import MappedFile
 from quantcache.loader.source import Source, open_checkpoint
 
@@ -252,7 +252,7 @@ def test_a_cold_file_is_not_read_for_its_header(tmp_path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    mincore = mapping._mincore()
+    mincore = memory._mincore()
     state = ctypes.create_string_buffer(-(-path.stat().st_size // mmap.PAGESIZE))
     before = MappedFile(path)
     assert mincore(before.address, before.nbytes, state) == 0

@@ -22,7 +22,7 @@ from quantcache.errors import DeviceError, DeviceOutOfMemory, UsageError
 from quantcache.loader.gpu.device import Device
 from quantcache.loader.gpu.steps import Parts, runs, units
 from quantcache.loader.gpu.tensors import GpuTensor, Home, Span, padded_nbytes, place
-from quantcache.loader.mapping import populate
+from quantcache.memory import populate
 from quantcache.quant.codec import codec, codec_ids
 from quantcache.tensor import PartSize, QuantTensor, element_name
 from quantcache.trace import working_for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantcache.cache.keeping import keep
+from quantcache import memory
+from quantcache.memory import keep
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mappings are replaced on Linux only")
 
@@ -44,3 +46,11 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
         file.truncate(10)
     assert not keep(mapped)
     assert bytes(mapped[:10]) == bytes(10)
+
+
+def test_a_page_of_broken_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that the memory itself lost is not touched either: what madvise() says of it is understood, and it is not copied."""
+    mapped, poisoned = mmap.mmap(-1, 4096), 133
+    monkeypatch.setattr(memory, "_madvise", lambda: lambda *_: ctypes.set_errno(poisoned) or -1)
+    assert memory.populate(0, 1) == poisoned
+    assert not keep(mapped)
