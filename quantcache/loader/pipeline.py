@@ -40,7 +40,7 @@ _AHEAD_STEP = 4 << 20
 #: What a thread takes at a time at most, in bytes of the source and in tiles: what Python does between calls it does once for all
 #: of them. And the bytes that may come out of what all threads take, and are in memory until they are written.
 _TOGETHER, _TILES_TOGETHER, _ALL_MADE = 16 << 20, 64, 64 << 20
-#: The largest tensor that a thread quantizes beside what it has quantized elsewhere.
+#: Bytes of small tensors that a thread quantizes beside what it has quantized elsewhere.
 _ASIDE = 1 << 20
 #: How long a cancelled load waits for its threads: Ctrl-C is to be answered within a second.
 _PATIENCE_S = 0.7
@@ -129,7 +129,7 @@ class Pipeline:
         elsewhere = quantizer.expect([task.job for task in self._queue]) if quantizer is not None else 0
         if quantizer is not None and not threads and 2 * elsewhere > self._total[0]:
             count = min(count, quantizer.threads)
-        spare = count + min(count, 4)
+        spare = count + min(count, 4 if not elsewhere else 0)  # steps elsewhere are large
         self._made = _ALL_MADE // spare
         self._spare = [Arena(min(self._made, self._total[0])) for _ in range(spare)]
         self._alive, self._wanted, self._count = 0, count, count
@@ -300,8 +300,8 @@ class Pipeline:
 
         Of those that are quantized elsewhere, as many as go there at a time, with small ones that stand between: a digest needs its order.
         """
-        build, taken, nbytes, made, spent = queue[0].build, list[tuple[Task, Tile]](), 0, 0, 0
-        room = 0
+        build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
+        room = spent = aside = 0
         if queue is self._urgent:  # what is left of the tensor is shared out
             job = queue[0].job
             most = min(_TOGETHER, len(queue[0].waiting) * job.tile * job.info.nbytes // max(1, job.size) // (3 * self._count))
@@ -311,8 +311,9 @@ class Pipeline:
             job, cost = task.job, self._cost(task.job)
             if not taken:
                 room = self._quantizer.room if self._quantizer is not None and cost else 0
-            elif (room and not cost and job.info.nbytes > _ASIDE) or (cost and not room):
+            elif (room and not cost and aside + job.info.nbytes > _ASIDE) or (cost and not room):
                 break
+            aside += 0 if cost else job.info.nbytes
             while task.waiting:
                 start = task.waiting[0]
                 stop = min(start + job.tile, job.size)
@@ -320,8 +321,8 @@ class Pipeline:
                 nbytes += extent[1] - extent[0]
                 made += job.made_nbytes * (stop - start) // max(1, job.size)
                 spent += cost
-                full = spent > room if room else nbytes > most or made > self._made or len(taken) == _TILES_TOGETHER
-                if taken and full:
+                full = spent > room if room else nbytes > most or made > self._made
+                if taken and (full or len(taken) == _TILES_TOGETHER):
                     return taken
                 task.waiting = task.waiting[1:]
                 task.active += 1
@@ -427,6 +428,7 @@ class Pipeline:
             self._unsaved(build, refused)
             build.memory.add(task.job.slots)
             task.job, task.target = replace(task.job), build.memory
+        job.kept = None  # nobody asks for it any more
         with self._lock:
             self._done_nbytes -= task.counted
             task.rewind()

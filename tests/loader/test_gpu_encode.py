@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from gguf import GGMLQuantizationType
 from safetensors.numpy import save_file
 
 import quantcache as qc
+from quantcache.cache.blobs import StagedEntry
 from quantcache.loader.gpu import encode, kept
+from quantcache.loader.gpu.transfer import Transfer
 from quantcache.quant import wgsl
 from quantcache.quant.codecs.nf4 import MIDDLES
 from quantcache.tensor import BLOCKS
@@ -93,7 +96,7 @@ def test_the_store_cannot_tell(device: Any, tmp_path: Path, quantizers: list[Any
         "bias": rng.standard_normal(70_000).astype(dtype),
     }
     both(tmp_path, tensors, quant, device)
-    assert quantizers[0].steps + quantizers[0].given_back >= 4
+    assert quantizers[0].quantized + quantizers[0].given_back >= 4
     assert quantizers[0].given_back <= (2 if quant == "int8" else 0)  # float16 does not take all of its scales
 
 
@@ -109,7 +112,7 @@ def test_tensors_that_come_together(
     tensors = {f"{n:02d}.weight": (rng.standard_normal(shape) * 0.02).astype(DTYPES[n > 15]) for n, shape in enumerate(shapes)}
     tensors["04.weight"][5] = 1e-39  # which a device may flush
     both(tmp_path, tensors, quant, device)
-    assert quantizers[0].steps + quantizers[0].given_back >= len(shapes)
+    assert quantizers[0].quantized + quantizers[0].given_back >= len(shapes)
     assert (quant != "int8-row") <= quantizers[0].given_back <= 2
     assert len(dispatches) < len(shapes), "even if those beside the one that was left come twice"
 
@@ -120,7 +123,7 @@ def test_results_in_several_buffers(device: Any, tmp_path: Path, quantizers: lis
     monkeypatch.setattr(kept, "_BUNDLE", made * 16 << 10)
     monkeypatch.setattr(encode, "_STEP", 1 << 19)
     both(tmp_path, {f"{n:02d}.weight": rng.standard_normal((64, 512)).astype(np.float16) for n in range(24)}, "nf4", device)
-    assert (quantizers[0].steps, quantizers[0].given_back) == (24, 0)
+    assert (quantizers[0].quantized, quantizers[0].given_back) == (24, 0)
 
 
 def test_a_wgpu_without_mapped_ranges(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +134,7 @@ def test_a_wgpu_without_mapped_ranges(device: Any, tmp_path: Path, quantizers: l
     with qc.load(tmp_path / "odd.safetensors", "f16", mode="off") as model, model.upload(device) as there:
         assert device.read(there["a.weight"].parts["values"]).tobytes() == model["a.weight"].tobytes()
     both(tmp_path, {f"{n}.weight": rng.standard_normal((65, 128)).astype(np.float16) for n in range(3)}, "nf4", device)
-    assert quantizers[0].steps == 3
+    assert quantizers[0].quantized == 3
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8", "int8-row"])
@@ -143,7 +146,7 @@ def test_every_float16(device: Any, tmp_path: Path, quantizers: list[Any], rng: 
     tensors = {f"{n}.weight": np.resize(found, (497, 128)).view(np.float16) for n, found in enumerate([rng.permutation(finite), sorted_by_size])}
     both(tmp_path, tensors, quant, device)
     assert quantizers[0].given_back <= (2 if quant == "int8" else 0)
-    assert quantizers[0].steps >= 2
+    assert quantizers[0].quantized >= 2
 
 
 @pytest.mark.filterwarnings("ignore::quantcache.QuantcacheWarning")  # tensors with NaN are kept as they are
@@ -160,7 +163,7 @@ def test_any_bits(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.ra
         tensors[f"{exponent}.weight"] = scaled.astype(dtype)
     both(tmp_path, tensors, quant, device)
     assert quantizers[0].given_back
-    assert quantizers[0].steps
+    assert quantizers[0].quantized
 
 
 def beside_thresholds(rng: np.random.Generator) -> dict[str, Any]:
@@ -191,7 +194,7 @@ def test_beside_every_threshold(device: Any, tmp_path: Path, quantizers: list[An
         (tmp_path / quant).mkdir()
         both(tmp_path / quant, {"a.weight": weights}, quant, device)
         assert quantizers[-1].given_back == 0
-        assert quantizers[-1].steps == 1
+        assert quantizers[-1].quantized == 1
 
 
 @pytest.mark.parametrize("off", [-4, -1, 1, 4])
@@ -204,7 +207,7 @@ def test_a_device_that_divides_badly(device: Any, tmp_path: Path, quantizers: li
     for quant in ("nf4", "int8-row"):
         (tmp_path / quant).mkdir()
         both(tmp_path / quant, {"a.weight": weights[quant]}, quant, device)
-        assert quantizers[-1].steps == 1
+        assert quantizers[-1].quantized == 1
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q5_0"])
@@ -225,7 +228,137 @@ def test_blocks(
     tensor = int(GGMLQuantizationType[kind]), (rows, width), raw.tobytes()
     write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_up.weight": tensor}, {"general.architecture": "llama"})
     same(tmp_path, tmp_path / "m.gguf", device, quant=quant, native="convert")
-    assert bool(quantizers[0].steps) == (kind != "Q5_0")
+    assert bool(quantizers[0].quantized) == (kind != "Q5_0")
+
+
+@pytest.mark.parametrize("quant", ["nf4", "nf4-dq", "int8"])
+def test_blocks_beside_numbers(
+    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, write_gguf: Callable[..., Path], quant: str
+) -> None:
+    """Blocks that come after float32, and after other blocks, are decoded first: float32 is what they become, not what they are."""
+    q4, q8 = np.zeros((512 * 16, 18), np.uint8), np.zeros((512 * 16, 34), np.uint8)
+    q4[:, :2], q4[:, 2:] = np.array([1 / 8], np.float16).view(np.uint8), 0  # all -1: as float32 they are harmless numbers
+    q8[:, :2], q8[:, 2:] = np.array([0.01], np.float16).view(np.uint8), rng.integers(20, 120, (512 * 16, 32))
+    plain = (rng.standard_normal((512, 512)) * 0.02).astype(np.float32)
+    tensors: dict[str, Any] = {"blk.0.attn_q.weight": plain}
+    for name, kind, raw in (("ffn_down", "Q4_0", q4), ("ffn_gate", "Q8_0", q8), ("ffn_up", "Q8_0", q8[::-1].copy())):
+        tensors[f"blk.0.{name}.weight"] = int(GGMLQuantizationType[kind]), (512, 512), raw.tobytes()
+    write_gguf(tmp_path / "m.gguf", tensors, {"general.architecture": "llama"})
+    same(tmp_path, tmp_path / "m.gguf", device, quant=quant, native="convert", threads=1)
+    assert (quantizers[0].quantized, quantizers[0].given_back) == (4, 0)
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_tiles_that_are_left_while_others_wait(device: Any, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Steps of a tensor that wait for their turn, while another one is left to the CPU, are left to it, too."""
+    monkeypatch.setattr(encode, "_STEP", 2 << 20)
+    weights = (rng.standard_normal((4096, 4096), np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+    weights[::32, :64] = 1e-38
+    save_file({"a.weight": weights, "b.weight": rng.standard_normal((64, 4096)).astype(np.float16)}, tmp_path / "m.safetensors")
+    how: dict[str, Any] = {"quant": "nf4", "mode": "off"}
+    with qc.load(tmp_path / "m.safetensors", **how) as wanted, qc.load(tmp_path / "m.safetensors", **how, device=device, threads=threads) as got:
+        assert {name: parts(got[name]) for name in got} == {name: parts(wanted[name]) for name in wanted}
+
+
+def test_cancelled_while_steps_wait(device: Any, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that wait for their turn when the load is cancelled end quietly, and whoever asks is told that it was cancelled."""
+    monkeypatch.setattr(encode, "_STEP", 5 << 20)
+    save_file({f"{n}.weight": (rng.standard_normal((2048, 2048)) * 0.02).astype(np.float16) for n in range(8)}, tmp_path / "m.safetensors")
+    real, entered = Transfer.run, threading.Event()
+
+    def run(self: Any, *given: Any) -> None:
+        entered.set()
+        time.sleep(1.0)
+        real(self, *given)
+
+    monkeypatch.setattr(Transfer, "run", run)
+    model = qc.load(tmp_path / "m.safetensors", "nf4", mode="off", device=device, threads=8)
+    assert entered.wait(60)
+    model.cancel()
+    for thread in model._pipelines[0]._threads:
+        thread.join(60)
+    assert model._pipelines[0].failure is None
+    with pytest.raises(qc.QuantcacheError, match=r"stopped|closed"):
+        _ = model["7.weight"]
+
+
+def test_lost_while_results_are_mapped(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A device that goes while its results are being copied costs a warning, and the load goes on."""
+    save_file({f"{n}.weight": (rng.standard_normal((512, 2048)) * 0.02).astype(np.float16) for n in range(3)}, tmp_path / "m.safetensors")
+    code = """
+import sys, warnings, quantcache as qc
+device = qc.gpu.open_device()
+buffers = type(device.landing_buffer(8))
+real, calls = buffers.read_mapped, []
+def read_mapped(self, *given, **how):
+    found = real(self, *given, **how)
+    calls.append(1)
+    if len(calls) == 1:
+        device.raw.destroy()
+    return found
+buffers.read_mapped = read_mapped
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    with qc.load(sys.argv[1], "nf4", mode="off", device=device, threads=1) as model:
+        model.finish()
+print(len(calls), [str(one.message) for one in said])
+"""
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.safetensors")], capture_output=True, text=True, timeout=120)
+    assert said.stdout.startswith("1 ['quantizing on the CPU: "), said.stdout + said.stderr[-2000:]
+
+
+def test_a_wgpu_that_reads_only_its_own_way(device: Any, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mode in which wgpu reads for itself may go, too."""
+    buffers = type(device.landing_buffer(8))
+    real = buffers.map_async
+
+    def map_async(self: Any, mode: Any, *given: Any) -> Any:
+        if mode == "READ_NOSYNC":
+            raise ValueError(f"Invalid flag value {mode!r}")
+        return real(self, mode, *given)
+
+    monkeypatch.setattr(buffers, "map_async", map_async)
+    monkeypatch.setattr(device, "_read_mode", device._read_mode)  # which it changes
+    both(tmp_path, {"a.weight": rng.standard_normal((512, 256)).astype(np.float16)}, "nf4", device)
+
+
+def test_what_results_take(device: Any, tmp_path: Path, rng: np.random.Generator) -> None:
+    """A model on the device says what its tensors take, also if they share buffers; layers leave one by one."""
+    save_file({f"layers.{n}.weight": (rng.standard_normal((512, 1024)) * 0.02).astype(np.float16) for n in range(8)}, tmp_path / "m.safetensors")
+    gc.collect()
+    before = device.held
+    with qc.load(tmp_path / "m.safetensors", "nf4", mode="off", device=device) as model:
+        model.finish()
+        with model.upload(device) as found:
+            assert model.nbytes <= found.nbytes <= model.nbytes + 8 * 1024
+            kept = found["layers.3.weight"]
+    del model, found
+    gc.collect()
+    assert device.held - before <= kept.nbytes + 4096
+    del kept
+    gc.collect()
+    assert device.held == before
+
+
+@pytest.mark.filterwarnings("ignore::quantcache.QuantcacheWarning")
+def test_a_store_that_fails_holds_nothing(device: Any, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What begins again after the store failed takes its place on the device once, and gives it up when the model is closed."""
+    save_file({f"{n}.weight": (rng.standard_normal((512, 1024)) * 0.02).astype(np.float16) for n in range(8)}, tmp_path / "m.safetensors")
+    gc.collect()
+    before, real, calls = device.held, StagedEntry.place, [0]
+
+    def place(self: Any, *given: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > 3:
+            raise qc.CacheError("no space left")
+        return real(self, *given)
+
+    monkeypatch.setattr(StagedEntry, "place", place)
+    model = qc.load(tmp_path / "m.safetensors", "nf4", cache=tmp_path / "c", device=device, threads=1)
+    model.finish()
+    model.close()
+    gc.collect()
+    assert device.held == before
 
 
 def test_what_the_cpu_does(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator) -> None:
@@ -233,7 +366,7 @@ def test_what_the_cpu_does(device: Any, tmp_path: Path, quantizers: list[Any], r
     tensors = {"a.weight": rng.standard_normal((64, 128)).astype(np.float32), "b.weight": rng.standard_normal((33, 131)).astype(np.float16)}
     save_file(tensors, tmp_path / "m.safetensors")
     same(tmp_path, tmp_path / "m.safetensors", device, quant="int8-row", rules=[("a.weight", "int8-row", 0.5)])
-    assert quantizers[0].steps == 0
+    assert quantizers[0].quantized == 0
 
 
 def test_small_limits(small: Callable[..., Any], tmp_path: Path, quantizers: list[Any], rng: np.random.Generator) -> None:
@@ -242,7 +375,7 @@ def test_small_limits(small: Callable[..., Any], tmp_path: Path, quantizers: lis
     for number, limit in enumerate((2000 << 10, 2100 << 10)):
         (tmp_path / str(number)).mkdir()
         both(tmp_path / str(number), weights, "nf4", small(max_buffer=limit))
-    assert [bool(made.steps) for made in quantizers] == [False, True]
+    assert [bool(made.quantized) for made in quantizers] == [False, True]
 
 
 def test_a_device_that_fails(small: Callable[..., Any], tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +439,7 @@ def test_a_device_that_fails_in_the_middle(
     real_encode, began, asked = encode.GpuQuantizer._encode, threading.Event(), threading.Event()
 
     def step(self: Any, lane: Any, stretches: Any, *given: Any) -> Any:
-        if stretches[0].job.info.name == "1.weight":
+        if stretches[0][0].job.info.name == "1.weight":
             raise qc.DeviceOutOfMemory("no room", asked=1, held=0)
         if not began.is_set():
             began.set()
@@ -323,7 +456,7 @@ def test_a_device_that_fails_in_the_middle(
         asked.set()  # after the first step of one comes the first of the other, which fails
         model.finish()
         asking.join(60)
-        assert quantizers[0].steps == 1
+        assert quantizers[0].quantized == 1
         monkeypatch.undo()
         with model.upload(device) as found:
             for name in model:

@@ -20,6 +20,7 @@ from quantcache.loader import model as loading
 from quantcache.loader import plan as planning
 from quantcache.loader.build import Memory
 from quantcache.loader.digests import DigestBehind
+from quantcache.loader.pipeline import Pipeline
 from quantcache.loader.plan import Job, Request, plan
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source, open_checkpoint
@@ -175,6 +176,19 @@ def test_steps_of_several_tensors(tmp_path: Path, rng: np.random.Generator, monk
     assert not again
     with qc.load(tmp_path / "m.safetensors", "nf4", cache=tmp_path / "c") as model:
         assert model.hit
+
+
+def test_few_are_taken_along(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many small tensors follow one that goes elsewhere, a thread takes no more than a megabyte of them along."""
+    content: dict[str, Any] = {"a.0.weight": (rng.standard_normal((128, 128)) * 0.02).astype(np.float16)}
+    save_file(content | {f"a.{n}.norm": np.ones(40_000, np.float32) for n in range(1, 60)}, tmp_path / "m.safetensors")
+    sizes: list[int] = []
+    real = Pipeline._quantize
+    monkeypatch.setattr(Pipeline, "_quantize", lambda self, batch, work: (sizes.append(sum(t.job.info.nbytes for t, _ in batch.tiles)), real(self, batch, work)))
+    monkeypatch.setattr(loading, "_quantizer", lambda _: _Elsewhere(does=True))
+    with qc.load(tmp_path / "m.safetensors", "nf4", mode="off", threads=1) as model:
+        model.finish()
+    assert 300_000 < sizes[0] < 1_100_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what cannot be read before it is touched")

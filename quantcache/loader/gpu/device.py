@@ -35,7 +35,7 @@ _KEPT = 32 << 20
 Binding = tuple[Any, int, int]
 _WANTED = ("subgroup", "timestamp-query", "shader-f16")
 _MAPPABLE = "mappable-primary-buffers"
-#: READ would make a submission of its own before it maps, which wgpu spares itself where it has just made one, as we have.
+#: READ would make a submission of its own before it maps, which wgpu spares itself where it has just made one, as we have; if it knows it.
 _READ_MODE = "READ_NOSYNC"
 
 
@@ -111,12 +111,13 @@ class Device:
         self._mapped = self._storage | usage.MAP_WRITE
         self._error: type[Exception] = wgpu.GPUError
         self._held, self._changes = 0, deque[int]()
+        self._read_mode = _READ_MODE
         self._lock, self._submitting = threading.Lock(), threading.Lock()
         self._pipelines: dict[str, Any] = {}
         self._uniforms: dict[bytes, Any] = {}
         self._spare: dict[int, list[Any]] = {}
         with self._guard("opening the device"):
-            self._mark = device.create_buffer(size=8, usage=usage.COPY_SRC | usage.COPY_DST)
+            self._token = device.create_buffer(size=8, usage=usage.COPY_SRC | usage.COPY_DST)
         self._staging = _Staging(self, staging)
 
     @classmethod
@@ -163,6 +164,10 @@ class Device:
     def _allowed(self, nbytes: int, what: str) -> None:
         if nbytes > self.max_buffer:
             raise DeviceError(f"{self.name} makes no buffer of {nbytes:,} bytes for {what}: {self.max_buffer:,} at most")
+
+    def aligned(self, nbytes: int) -> int:
+        """Return so many bytes, rounded up to the alignment of bindings."""
+        return -(-nbytes // self.alignment) * self.alignment
 
     def buffer(self, nbytes: int, what: str, *, uniform: bool = False) -> Any:
         """Return a new storage buffer that can be copied from and to.
@@ -281,7 +286,11 @@ class Device:
     def mapping(self, landing: Any, nbytes: int) -> contextlib.AbstractContextManager[Any]:
         """Begin to map a landing buffer; the context that is returned waits for it, and has its first bytes as uint8[nbytes]."""
         with self._guard("reading back", nbytes):
-            promise = landing.map_async(_READ_MODE, 0, nbytes)
+            try:
+                promise = landing.map_async(self._read_mode, 0, nbytes)
+            except ValueError:  # another wgpu
+                self._read_mode = "READ"
+                promise = landing.map_async(self._read_mode, 0, nbytes)
         return self._mapping(promise, landing, nbytes)
 
     @contextlib.contextmanager
@@ -292,7 +301,8 @@ class Device:
                 mapped = np.frombuffer(landing.read_mapped(0, nbytes, copy=False), np.uint8)
             yield mapped
         finally:
-            landing.unmap()
+            with self._guard("reading back", nbytes):
+                landing.unmap()
 
     def _await(self, promise: Any) -> None:
         with self._guard("waiting"):
@@ -370,7 +380,7 @@ class Device:
         """Return a function that waits until all that was submitted so far is done."""
         landing = self._landing(8)
         encoder = self.encoder()
-        self.copy(encoder, (self._mark, 0, 8), landing, 0)
+        self.copy(encoder, (self._token, 0, 8), landing, 0)
         self.submit(encoder)
         passing = self.mapping(landing, 8)
 

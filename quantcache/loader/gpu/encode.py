@@ -45,6 +45,15 @@ _LEAST = 1 << 16
 _MOST = 64
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Say what quantizes a job, and what a tile of it costs: None and 0 if the CPU does. It has the job, so that no other gets its id."""
+
+    job: Job
+    shader: EncodeShader | None
+    cost: int
+
+
 class _Lane:
     """Hold the buffers of one step.
 
@@ -121,8 +130,8 @@ class _Run:
 
     def add(self, other: _Run) -> bool:
         """Take what another run has, if that can follow in the same dispatch."""
-        last = self.stretches[-1]
-        if last.job.info.is_block or last.raw.size % 8 or (other.shader.source, other.element) != (self.shader.source, self.element):
+        last, blocks = self.stretches[-1], any(run.stretches[0].job.info.is_block for run in (self, other))
+        if blocks or last.raw.size % 8 or (other.shader.source, other.element) != (self.shader.source, self.element):
             return False
         if not all(made.goes_on(other.made[name]) for name, made in self.made.items()):
             return False
@@ -140,15 +149,16 @@ class GpuQuantizer:
         device: which.
 
     Attributes:
-        steps, given_back: how often the device has quantized tiles of a tensor, and how often it left them to the CPU.
+        quantized, given_back: how many times the device did tiles of a tensor, and how many times it left them to the CPU.
     """
 
     threads = _THREADS
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.room: int = min(_STEP, device.max_binding, device.max_buffer - (2 * _MOST + 1) * device.alignment) // device.alignment * device.alignment
-        self.steps, self.given_back = 0, 0
+        most = min(_STEP, device.max_binding, device.max_buffer - (2 * _MOST + 1) * device.alignment)
+        self.room: int = most // device.alignment * device.alignment
+        self.quantized, self.given_back = 0, 0
         self._lock = threading.Lock()
         self._lanes: queue.LifoQueue[_Lane | None] = queue.LifoQueue()
         for _ in range(_LANES):
@@ -156,21 +166,20 @@ class GpuQuantizer:
         self._failed = False
         self._shaders: dict[tuple[str, tuple[int, ...], str], EncodeShader | None] = {}
         self._texts: dict[tuple[str, str], str] = {}
-        #: by the id of a job, with the job, so that no other gets its id: what quantizes it, and what a tile costs
-        self._known: dict[int, tuple[Job, EncodeShader | None, int]] = {}
+        self._known: dict[int, _Known] = {}
 
     # ---- what a pipeline asks ----
 
     def expect(self, jobs: Sequence[Job]) -> int:
         """Give every tensor its place, those that will come together side by side; return the bytes that come here."""
         with self._lock:
-            mine, bundle = [job for job in jobs if self._look(job)[2]], Bundle(self.device)
+            mine, bundle, layer = [job for job in jobs if self._look(job).cost], Bundle(self.device), -1
             for job in jobs:
                 job.kept = False
             for job in mine:
                 rooms = {part.name: self._room(job, part) for part in _parts(job)}
-                if not bundle.takes(rooms):
-                    bundle = Bundle(self.device)
+                if job.layer != layer or not bundle.takes(rooms):  # layers leave one by one
+                    bundle, layer = Bundle(self.device), job.layer
                 places = bundle.add(rooms)
                 job.kept = Kept(self.device, bundle, {part.name: (places[part.name], part.nbytes) for part in _parts(job)})
         return sum(job.info.nbytes for job in mine)
@@ -181,34 +190,35 @@ class GpuQuantizer:
             return 0
         if job.kept is None:  # not known before: one that begins again, another way
             self.expect([job])
-        return self._look(job)[2]
+        return self._look(job).cost
 
     def encode(self, stretches: Sequence[Stretch], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
         """Quantize whole tiles; None for those that the CPU is to do."""
-        mine = [stretch for stretch in stretches if not self._failed and stretch.job.kept]
-        found: list[dict[str, NDArray[Any]] | None] = []
-        if mine:
-            try:
-                lanes = self._lanes
-                lane = lanes.get()
-                try:
-                    lane = lane or _Lane(self.device, self.room)
-                    found = self._encode(lane, mine, outputs)
-                finally:
-                    lanes.put(lane)
-            except DeviceError as error:
-                self._give_up(error)
-        made = dict(zip(map(id, mine), found, strict=False))
+        found: list[dict[str, NDArray[Any]] | None] = [None] * len(stretches)
+        lanes = self._lanes
+        lane, spoilt = lanes.get(), True
+        # looked at once, and now: while this waited, other tiles of a tensor may have been left to the CPU, or the model closed
+        places = [stretch.job.kept for stretch in stretches]
+        mine = [number for number, place in enumerate(places) if place and not self._failed]
+        try:
+            if mine:
+                lane = lane or _Lane(self.device, self.room)
+                for number, made in zip(mine, self._encode(lane, [(stretches[n], places[n]) for n in mine], outputs), strict=True):
+                    found[number] = made
+            spoilt = False
+        except DeviceError as error:
+            self._give_up(error)
+        finally:
+            lanes.put(None if spoilt else lane)
         with self._lock:
-            for stretch in stretches:
-                if made.get(id(stretch)) is None:
+            for stretch, place, made in zip(stretches, places, found, strict=True):
+                if made is None:
                     stretch.job.kept = False  # it lacks these tiles
                     self.given_back += 1
                 else:
-                    self.steps += 1
-                    if stretch.job.kept:
-                        stretch.job.kept.done += stretch.stop - stretch.start
-        return [made.get(id(stretch)) for stretch in stretches]
+                    self.quantized += 1
+                    place.done += stretch.stop - stretch.start
+        return found
 
     def _give_up(self, error: DeviceError) -> None:
         with self._lock:
@@ -226,13 +236,13 @@ class GpuQuantizer:
 
     # ---- what is known of a job ----
 
-    def _look(self, job: Job) -> tuple[Job, EncodeShader | None, int]:
-        """Return what quantizes a job, and what a tile costs; nothing if the CPU is to do it."""
+    def _look(self, job: Job) -> _Known:
+        """Return what is known of a job."""
         found = self._known.get(id(job))
         if found is None:
             shader, nbytes = self._shader(job), self._wide_nbytes(job, min(job.tile, job.size))
-            cost = max(-(-nbytes // self.device.alignment) * self.device.alignment, -(-self.room // _MOST))
-            found = self._known[id(job)] = (job, shader, cost if shader is not None else 0)
+            cost = max(self.device.aligned(nbytes), -(-self.room // _MOST))
+            found = self._known[id(job)] = _Known(job, shader, cost if shader is not None else 0)
         return found
 
     def _shader(self, job: Job) -> EncodeShader | None:
@@ -257,10 +267,10 @@ class GpuQuantizer:
 
     def _room(self, job: Job, part: Part, shader: EncodeShader | None = None) -> int:
         """Return the bytes of a part's place: a shader binds whole words from an alignment on, and writes whole units."""
-        shader, align = shader or self._look(job)[1], self.device.alignment
+        shader, align = shader or self._look(job).shader, self.device.alignment
         assert shader is not None
         exact = part.nbytes % align == 0 and job.size % shader.unit == 0
-        return part.nbytes if exact else -(-part.nbytes // align) * align + align
+        return part.nbytes if exact else self.device.aligned(part.nbytes) + align
 
     def _wide_nbytes(self, job: Job, weights: int) -> int:
         """Return the bytes of weights as a shader reads them."""
@@ -268,9 +278,9 @@ class GpuQuantizer:
 
     # ---- one step ----
 
-    def _encode(self, lane: _Lane, stretches: Sequence[Stretch], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
-        """Quantize what fits a lane; None for what a shader does not know."""
-        device, runs = self.device, self._runs(lane, stretches)
+    def _encode(self, lane: _Lane, stretches: Sequence[tuple[Stretch, Kept]], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
+        """Quantize what fits a lane, each to its place; None for what a shader does not know."""
+        device, places, runs = self.device, {id(stretch): place for stretch, place in stretches}, self._runs(lane, stretches)
         encoder, settings = device.encoder(), lane.settings
         for number, run in enumerate(runs):
             bases = [made.offset % device.alignment // 4 for made in run.made.values()]
@@ -304,26 +314,26 @@ class GpuQuantizer:
             elif len(run.stretches) == 1:
                 found.append(None)
             else:  # which of them it is
-                found += [one for stretch in run.stretches for one in self._encode(lane, [stretch], outputs)]
+                found += [one for stretch in run.stretches for one in self._encode(lane, [(stretch, places[id(stretch)])], outputs)]
         return found
 
-    def _runs(self, lane: _Lane, stretches: Sequence[Stretch]) -> list[_Run]:
+    def _runs(self, lane: _Lane, stretches: Sequence[tuple[Stretch, Kept]]) -> list[_Run]:
         """Return what is to be dispatched, with its places in the lane."""
         device, runs = self.device, list[_Run]()
-        for stretch in stretches:
-            run = self._run(stretch)
+        for stretch, kept in stretches:
+            run = self._run(stretch, kept)
             if not runs or not runs[-1].add(run):
                 runs.append(run)
         at, wide_at = lane.settings.nbytes, 0
         behind: dict[str, int] = {}
         for run in runs:
             run.at, run.wide_at = at, wide_at
-            at += self._aligned(run.nbytes)
-            wide_at += self._aligned(run.weights * 4) if run.stretches[0].job.info.is_block else 0
+            at += device.aligned(run.nbytes)
+            wide_at += device.aligned(run.weights * 4) if run.stretches[0].job.info.is_block else 0
             for name, made in run.made.items():
                 if made.buffer is None:
                     made.offset = behind.get(name, 0)
-                    behind[name] = made.offset + self._aligned(made.whole)
+                    behind[name] = made.offset + device.aligned(made.whole)
         for name, nbytes in behind.items():
             if name not in lane.extra or lane.extra[name].size < nbytes:
                 lane.extra[name] = device.buffer(1 << (nbytes - 1).bit_length(), f"{name} of a step")
@@ -331,15 +341,12 @@ class GpuQuantizer:
             for name, made in run.made.items():
                 made.buffer = made.buffer or lane.extra[name]
         if wide_at and lane.wide is None:
-            lane.wide = device.buffer(self._aligned(self.room), "decoded tiles")
+            lane.wide = device.buffer(self.room, "decoded tiles")
         return runs
 
-    def _aligned(self, nbytes: int) -> int:
-        return -(-nbytes // self.device.alignment) * self.device.alignment
-
-    def _run(self, stretch: Stretch) -> _Run:
+    def _run(self, stretch: Stretch, kept: Kept) -> _Run:
         """Return what one stretch is dispatched as."""
-        job, kept, shader = stretch.job, stretch.job.kept, self._look(stretch.job)[1]
+        job, shader = stretch.job, self._look(stretch.job).shader
         assert shader is not None
         kept.bundle.make()
         units, made = -(-(stretch.stop - stretch.start) // shader.unit), {}

@@ -31,11 +31,12 @@ class Home:
         self.nbytes = 0
         self.closed = False
 
-    def share(self, buffers: Iterable[Any]) -> None:
-        """Take buffers that somebody else made, too."""
-        new = {id(buffer): buffer for buffer in buffers}.values()
-        self.buffers += new
-        self.nbytes += sum(buffer.size for buffer in new)
+    def share(self, places: Iterable[Binding]) -> None:
+        """Take what stands in buffers that somebody else made, too."""
+        for buffer, _, nbytes in places:
+            if not any(buffer is one for one in self.buffers):
+                self.buffers.append(buffer)
+            self.nbytes += nbytes
 
     def close(self) -> None:
         """Let go of the buffers: whoever has one still has it, and the tensors say that they are closed."""
@@ -172,8 +173,7 @@ def row_chunks(tensor: GpuTensor, shader: WeightShader) -> list[tuple[range, dic
 
 def padded_nbytes(nbytes: int, device: Device) -> int:
     """Return the room that a part of so many bytes takes in a buffer that others share."""
-    align: int = device.alignment
-    return -(-max(nbytes, 4) // align) * align
+    return device.aligned(max(nbytes, 4))
 
 
 def _binding(pieces: Sequence[Binding], first: int, last: int) -> Binding:

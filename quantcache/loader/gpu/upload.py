@@ -407,7 +407,7 @@ class GpuModel(Mapping[str, GpuTensor]):
         home, places, spans = place(described, device, new, self._shared)
         for name, there in kept.items():  # quantized there: only the rest is to be brought
             places[name] = {part.name: (there[part.name],) if part.name in there else places[name][part.name] for part in parts[name]}
-            home.share(buffer for buffer, _, _ in there.values())
+            home.share(there.values())
         arriving = _Arriving(group, home, places, spans, mapped)
         if arriving.units:  # the threads that move may still be at the layer before, or wait for a buffer
             self._check_ahead(arriving, 0)
