@@ -391,6 +391,8 @@ class Cache:
         nbytes = staged.publish(path, document=document, records=records, built=built, announce=announce)
         row = row_of(key, nbytes, document, built, tensors_in(records, staged.slots), time.time())
         self.index.call(lambda index: index.put([row]), None)
+        with contextlib.suppress(OSError):  # a killed process may give up its lock on a build before the one on its file: then it stood when we staged
+            remove_stale(self.folder / "tmp")
         return row
 
     def get_or_build(self, document: Mapping[str, Any], build: Callable[[Callable[..., StagedEntry]], Any]) -> StoredEntry:

@@ -89,6 +89,23 @@ def test_get_or_build_once_for_all_threads(tmp_path: Path, put: Put) -> None:
     assert len(built) == 1
 
 
+def test_a_dead_writer_that_lets_go_late(store: Cache) -> None:
+    """What a killed process had still locked when its build was taken over is gone when that is published."""
+    fcntl = pytest.importorskip("fcntl")
+    dead = store.folder / "tmp" / "4194305-dead.tmp"  # above the highest process number
+
+    def build(stage: Callable[..., StagedEntry]) -> tuple[StagedEntry, Any]:
+        with dead.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            staged = stage([Slot("x", "U8", (10,), 64)], [])
+            assert dead.exists()
+        staged.write("x", 0, bytes(10))
+        return staged, []
+
+    store.get_or_build({"x": 1}, build)
+    assert not list((store.folder / "tmp").iterdir())
+
+
 def test_failing_build_leaves_nothing(store: Cache) -> None:
     """A foreign loader's exception is its own; no temp file, no lock and no entry stay behind."""
 
