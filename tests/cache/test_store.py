@@ -89,7 +89,7 @@ def test_get_or_build_once_for_all_threads(tmp_path: Path, put: Put) -> None:
     assert len(built) == 1
 
 
-def test_a_dead_writer_that_lets_go_late(store: Cache) -> None:
+def test_a_locked_file_of_the_dead_goes_later(store: Cache) -> None:
     """What a killed process had still locked when its build was taken over is gone when that is published."""
     fcntl = pytest.importorskip("fcntl")
     dead = store.folder / "tmp" / "4194305-dead.tmp"  # above the highest process number
