@@ -493,6 +493,8 @@ def remove_stale(folder: Path, *, dry_run: bool = False) -> list[tuple[Path, int
     """
     removed = []
     for path in files_in(folder, ".tmp"):
+        if path.name in _MINE:  # a checkpoint of many files has many
+            continue
         try:
             descriptor = os.open(path, os.O_RDWR)
         except OSError:
@@ -525,8 +527,6 @@ def remove_stale_locks(folder: Path) -> None:
 
 
 def _abandoned(descriptor: int, path: Path, mtime_s: float) -> bool:
-    if path.name in _MINE:
-        return False
     if fcntl:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -129,7 +129,7 @@ class Pipeline:
         elsewhere = quantizer.expect([task.job for task in self._queue]) if quantizer is not None else 0
         if quantizer is not None and not threads and 2 * elsewhere > self._total[0]:
             count = min(count, quantizer.threads)
-        spare = count + min(count, 4 if not elsewhere else 0)  # steps elsewhere are large
+        spare = count + (0 if elsewhere else min(count, 4))  # steps elsewhere are large
         self._made = _ALL_MADE // spare
         self._spare = [Arena(min(self._made, self._total[0])) for _ in range(spare)]
         self._alive, self._wanted, self._count = 0, count, count

@@ -173,16 +173,18 @@ class GpuQuantizer:
     def expect(self, jobs: Sequence[Job]) -> int:
         """Give every tensor its place, those that will come together side by side; return the bytes that come here."""
         with self._lock:
-            mine, bundle, layer = [job for job in jobs if self._look(job).cost], Bundle(self.device), -1
+            bundle, layer, nbytes = Bundle(self.device), -1, 0
             for job in jobs:
-                job.kept = False
-            for job in mine:
-                rooms = {part.name: self._room(job, part) for part in _parts(job)}
+                job.kept, shader = False, self._look(job).shader
+                if shader is None:
+                    continue
+                rooms = {part.name: self._room(job, part, shader) for part in _parts(job)}
                 if job.layer != layer or not bundle.takes(rooms):  # layers leave one by one
                     bundle, layer = Bundle(self.device), job.layer
                 places = bundle.add(rooms)
                 job.kept = Kept(self.device, bundle, {part.name: (places[part.name], part.nbytes) for part in _parts(job)})
-        return sum(job.info.nbytes for job in mine)
+                nbytes += job.info.nbytes
+        return nbytes
 
     def cost(self, job: Job) -> int:
         """Return what a tile of a job takes of the room; 0 if the CPU is to do it."""
@@ -265,10 +267,9 @@ class GpuQuantizer:
         fits = all(self._room(job, part, shader) <= self.device.max_buffer for part in job.encoder.parts)
         return shader if fits and made + self.device.alignment <= self.device.max_binding else None
 
-    def _room(self, job: Job, part: Part, shader: EncodeShader | None = None) -> int:
+    def _room(self, job: Job, part: Part, shader: EncodeShader) -> int:
         """Return the bytes of a part's place: a shader binds whole words from an alignment on, and writes whole units."""
-        shader, align = shader or self._look(job).shader, self.device.alignment
-        assert shader is not None
+        align = self.device.alignment
         exact = part.nbytes % align == 0 and job.size % shader.unit == 0
         return part.nbytes if exact else self.device.aligned(part.nbytes) + align
 
@@ -285,7 +286,7 @@ class GpuQuantizer:
         for number, run in enumerate(runs):
             bases = [made.offset % device.alignment // 4 for made in run.made.values()]
             settings[number, :, : 1 + len(bases)] = [[run.weights, *bases], [run.weights, run.weights, *([0] * (len(bases) - 1))]]
-        tiles, at = [(0, settings[: len(runs)].reshape(-1).view(np.uint8))], settings.nbytes
+        tiles = [(0, settings[: len(runs)].reshape(-1).view(np.uint8))]
         for run in runs:
             at = run.at
             for stretch in run.stretches:
