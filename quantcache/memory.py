@@ -26,16 +26,17 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 @cache
-def _libc(name: str, last: type[Any]) -> Any:
+def _libc(name: str, last: type[Any], library: type[ctypes.CDLL] = ctypes.CDLL) -> Any:
     """Return madvise or mincore of libc, None off Linux: mmap's own madvise holds the GIL, and takes no address.
 
     Args:
         name: of the function, which takes an address, a length and one more.
         last: type of that one.
+        library: ctypes.PyDLL for one that keeps the GIL, since it takes no longer than getting that back.
     """
     if not sys.platform.startswith("linux"):
         return None
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    function = getattr(library(None, use_errno=True), name)
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, last]
     return function
 
@@ -45,7 +46,7 @@ def _madvise() -> Any:
 
 
 def _mincore() -> Any:
-    return _libc("mincore", ctypes.c_void_p)
+    return _libc("mincore", ctypes.c_void_p, ctypes.PyDLL)
 
 
 def populate(address: int, nbytes: int) -> int:

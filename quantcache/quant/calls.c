@@ -1,10 +1,11 @@
-/* Several calls in one, so that a thread waits for no interpreter between them; and the two calls of the system that stand among
- * kernels: pages are faulted in before them, and bytes are written after them. */
+/* Several calls in one, so that a thread waits for no interpreter between them; and the calls of the system that stand among
+ * kernels: pages are faulted in before them, and bytes are copied or written after them. */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE
 #endif
 #include <errno.h>
 #include <stdint.h>
+#include <string.h>
 #include <time.h>
 #if !defined(_WIN32)
 #include <sys/mman.h>
@@ -82,6 +83,12 @@ QC_API int qc_populate(uint8_t *pages, uint64_t n) {
     (void)pages, (void)n;
     return 0;
 #endif
+}
+
+/* Copies n bytes. */
+QC_API int qc_copy(uint8_t *target, const uint8_t *data, uint64_t n) {
+    memcpy(target, data, n);
+    return 0;
 }
 
 /* Writes n bytes at a place of a file; a quota or a signal may cut one call short. Returns errno. */

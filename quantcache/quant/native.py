@@ -13,6 +13,7 @@ import ctypes
 import os
 import time
 from array import array
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import KernelError, UsageError
-from quantcache.trace import spent
+from quantcache.trace import span, spent
 
 __all__ = ["ELEMENT", "LEVELS", "Calls", "Kernel", "Pinned", "address", "available", "kernel", "level", "system"]
 
@@ -162,7 +163,7 @@ def kernel(name: str, at_level: str | None = None) -> Kernel:
 
 @cache
 def system(name: str) -> Kernel:
-    """Return what calls one of the functions that calls.c has beside kernels, without its prefix: "populate", "write".
+    """Return what calls one of the functions that calls.c has beside kernels, without its prefix: "populate", "copy", "write".
 
     Raises:
         KernelError: there is none.
@@ -234,6 +235,26 @@ class Calls:
         """Return the phase of a call that was made, and what it returned."""
         status: int = self._words[call * self._WORDS + 2]
         return self._phases[call][0], status
+
+
+def copy(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], phase: str) -> None:
+    """Copy bytes, in one foreign call: in between nobody waits for another thread's GIL.
+
+    Args:
+        pairs: contiguous arrays of one length each: where to, and what.
+        phase: see quantcache.trace.span.
+    """
+    calls = Calls() if available()[-1] != "reference" and level() != "reference" else None  # bytes are copied without kernels, too
+    for target, data in pairs:
+        if target.size != data.size:
+            raise ValueError(f"{data.size} bytes do not fit {target.size}")
+        if calls is None:
+            with span(phase, data.size):
+                target[...] = data
+        else:
+            calls.add(system("copy"), target, data, data.size, phase=phase, nbytes=data.size)
+    if calls is not None:
+        calls.run()
 
 
 def contiguous(array: NDArray[Any]) -> NDArray[Any]:

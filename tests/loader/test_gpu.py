@@ -584,6 +584,29 @@ def test_tensors_without_weights(device: Any, tmp_path: Path) -> None:
         device.dispatch(within, pipeline, [(buffer, 0, 0)], 1)
 
 
+def test_destroyed_while_somebody_waits() -> None:
+    """Whoever waits for a device that somebody destroys is told, and does not wait for ever: wgpu asks it nothing any more."""
+    code = """
+import quantcache as qc
+device = qc.gpu.open_device()
+landing = device.landing_buffer(64)
+device.raw._poller._poll_func = lambda block: None  # destroyed before the answer came
+encoder = device.encoder()
+device.copy(encoder, (device.buffer(64, "x"), 0, 64), landing, 0)
+device.submit(encoder)
+waiting = device.mapping(landing, 64)
+device.raw.destroy()
+try:
+    with waiting:
+        print("mapped")
+except qc.DeviceError as error:
+    print("told", error.message)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert said.stdout.startswith("told"), said.stdout + said.stderr[-2000:]
+    assert "lost" in said.stdout
+
+
 def test_limits_hold(small: Callable[..., Any]) -> None:
     """A device that was given smaller limits keeps them; what is read back may be larger than what is kept for it."""
     device = small(max_buffer=1 << 20)

@@ -264,14 +264,14 @@ def test_cancelled_while_steps_wait(device: Any, tmp_path: Path, rng: np.random.
     """Steps that wait for their turn when the load is cancelled end quietly, and whoever asks is told that it was cancelled."""
     monkeypatch.setattr(encode, "_STEP", 5 << 20)
     save_file({f"{n}.weight": (rng.standard_normal((2048, 2048)) * 0.02).astype(np.float16) for n in range(8)}, tmp_path / "m.safetensors")
-    real, entered = Transfer.run, threading.Event()
+    real, entered = Transfer.put, threading.Event()
 
-    def run(self: Any, *given: Any) -> None:
+    def put(self: Any, *given: Any) -> None:
         entered.set()
         time.sleep(1.0)
         real(self, *given)
 
-    monkeypatch.setattr(Transfer, "run", run)
+    monkeypatch.setattr(Transfer, "put", put)
     model = qc.load(tmp_path / "m.safetensors", "nf4", mode="off", device=device, threads=8)
     assert entered.wait(60)
     model.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,6 +141,23 @@ def test_calls_stop_at_the_first_that_fails() -> None:
     assert profile.nbytes == {"quantize": 4 * 256}
     assert calls.run(4) == 4
     assert native.Calls().run() == 0
+
+
+@pytest.mark.parametrize("level", ["reference", "none", native.available()[-1]])
+def test_copies(kernel_level: Switch, request: pytest.FixtureRequest, level: str) -> None:
+    """Bytes are copied in one go, to where they belong and nowhere else, without kernels, too; sizes that differ are refused."""
+    if level == "none":
+        request.getfixturevalue("no_library")
+    else:
+        kernel_level(level)
+    target, data = np.zeros(1000, np.uint8), np.frombuffer(os.urandom(900), np.uint8)
+    native.copy([(target[7:107], data[:100]), (target[200:200], data[:0]), (target[300:999], data[100:799])], "upload")
+    wanted = np.zeros(1000, np.uint8)
+    wanted[7:107], wanted[300:999] = data[:100], data[100:799]
+    assert np.array_equal(target, wanted)
+    native.copy([], "upload")
+    with pytest.raises(ValueError, match="do not fit"):
+        native.copy([(target[:10], data[:11])], "upload")
 
 
 def test_calls_of_the_system(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from quantcache.errors import DeviceError, DeviceOutOfMemory, DeviceUnavailable, QuantcacheError, UsageError
+from quantcache.quant.native import copy
 from quantcache.trace import span
 
 __all__ = ["Binding", "Device", "open_device"]
@@ -31,6 +32,8 @@ _FENCED = 16 << 20
 _READ = 256 << 20
 #: The largest buffer for reading back that is kept for the next time.
 _KEPT = 32 << 20
+#: After so many seconds without an answer it is asked whether the device is still there.
+_PATIENCE_S = 1.0
 #: (buffer, first byte, bytes)
 Binding = tuple[Any, int, int]
 _WANTED = ("subgroup", "timestamp-query", "shader-f16")
@@ -254,23 +257,25 @@ class Device:
         """
         self._staging.settle()
 
-    def write_mapped(self, buffer: Any, offset: int, data: Any) -> None:
+    def write_mapped(self, buffer: Any, pieces: Sequence[tuple[int, Any]]) -> None:
         """Write into a mapped buffer.
 
         Args:
             buffer: from mapped_buffer() or staging_buffer().
-            offset: first byte, a multiple of 8.
-            data: uint8[bytes]; up to a multiple of 8, what follows becomes anything.
+            pieces: first byte, a multiple of 8, and uint8[bytes], one behind the other; up to a multiple of 8, what follows a piece becomes anything.
         """
-        if not data.size:
+        pieces = [(offset, data) for offset, data in pieces if data.size]
+        if not pieces:
             return
-        room = -(-data.size // 8) * 8
-        with self._guard("a write", data.size):
+        first, end = pieces[0][0], pieces[-1][0] + pieces[-1][1].size
+        with self._guard("a write", end - first):
             mapped = getattr(buffer, "_experimental_get_mapped_range", None)
-            if mapped is not None:  # NumPy copies without the GIL, write_mapped() with it
-                np.frombuffer(mapped(offset, room), np.uint8)[: data.size] = data
+            if mapped is not None:  # write_mapped() copies with the GIL
+                room = np.frombuffer(mapped(first, -(-(end - first) // 8) * 8), np.uint8)
+                copy([(room[offset - first : offset - first + data.size], data) for offset, data in pieces], "upload")
             else:
-                buffer.write_mapped(np.pad(data, (0, room - data.size)), offset)
+                for offset, data in pieces:
+                    buffer.write_mapped(np.pad(data, (0, -data.size % 8)), offset)
 
     def unmap(self, buffer: Any) -> None:
         """Give a mapped buffer to the device."""
@@ -306,6 +311,9 @@ class Device:
 
     def _await(self, promise: Any) -> None:
         with self._guard("waiting"):
+            done = getattr(promise, "_thread_event", None)
+            while done is not None and not done.wait(_PATIENCE_S):
+                self.raw.create_bind_group_layout(entries=[])  # of a device that is destroyed nothing ever comes true
             promise.sync_wait()
 
     def read(self, source: Binding, *, before: Any | None = None) -> Any:

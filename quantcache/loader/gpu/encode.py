@@ -33,10 +33,10 @@ from quantcache.tensor import ITEMSIZE
 __all__ = ["GpuQuantizer"]
 
 #: Bytes that go up at a time, as the source has them or as float32, whichever is more; and how many such steps are under way.
-_STEP = 32 << 20
-_LANES = 4
+_STEP = 40 << 20
+_LANES = 3
 #: Threads that feed them: while some wait for a step, others read, digest and write.
-_THREADS = 8
+_THREADS = 6
 #: Bytes behind a step that a shader may read, and does not use.
 _SLACK = 256
 #: Smaller tensors take a CPU less time than the way there and back.
@@ -160,6 +160,8 @@ class GpuQuantizer:
         self.room: int = most // device.alignment * device.alignment
         self.quantized, self.given_back = 0, 0
         self._lock = threading.Lock()
+        #: one thread at a time makes calls of wgpu: several would take the GIL from each other after every one
+        self._recording = threading.Lock()
         self._lanes: queue.LifoQueue[_Lane | None] = queue.LifoQueue()
         for _ in range(_LANES):
             self._lanes.put(None)
@@ -282,7 +284,7 @@ class GpuQuantizer:
     def _encode(self, lane: _Lane, stretches: Sequence[tuple[Stretch, Kept]], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
         """Quantize what fits a lane, each to its place; None for what a shader does not know."""
         device, places, runs = self.device, {id(stretch): place for stretch, place in stretches}, self._runs(lane, stretches)
-        encoder, settings = device.encoder(), lane.settings
+        settings = lane.settings
         for number, run in enumerate(runs):
             bases = [made.offset % device.alignment // 4 for made in run.made.values()]
             settings[number, :, : 1 + len(bases)] = [[run.weights, *bases], [run.weights, run.weights, *([0] * (len(bases) - 1))]]
@@ -292,11 +294,7 @@ class GpuQuantizer:
             for stretch in run.stretches:
                 tiles.append((at, stretch.raw))
                 at += stretch.raw.size
-        lane.transfer.put(encoder, tiles, lane.source)
-        device.clear(encoder, lane.status)
-        with device.compute_pass(encoder) as within:
-            for number, run in enumerate(runs):
-                self._dispatch(within, lane, number, run)
+        lane.transfer.put(tiles)
         status = np.empty((len(runs), device.alignment), np.uint8)
         wanted: list[tuple[Binding, list[NDArray[np.uint8]]]] = [((lane.status, 0, status.size), [status.reshape(-1)])]
         taken: list[list[dict[str, NDArray[np.uint8]]]] = []
@@ -307,7 +305,15 @@ class GpuQuantizer:
                 for stretch, nbytes, arrays in zip(run.stretches, run.sizes(name), taken[-1], strict=True):
                     arrays[name] = stretch.into[name] if name in stretch.into else outputs.array(f"from the device: {name}", np.uint8, nbytes)
                     wanted[-1][1].append(arrays[name])
-        lane.transfer.run(encoder, wanted)
+        with self._recording:
+            encoder = device.encoder()
+            lane.transfer.record(encoder, lane.source)
+            device.clear(encoder, lane.status)
+            with device.compute_pass(encoder) as within:
+                for number, run in enumerate(runs):
+                    self._dispatch(within, lane, number, run)
+            take = lane.transfer.submit(encoder, wanted)
+        take()
         found: list[dict[str, NDArray[Any]] | None] = []
         for run, made_of, bad in zip(runs, taken, status[:, :4].max(axis=1).tolist(), strict=True):
             if not bad:

@@ -6,14 +6,14 @@ step that is read back anyway needs neither, and a call of wgpu costs twice what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.loader.gpu.device import Binding, Device
-from quantcache.trace import span
+from quantcache.quant.native import copy
 
 __all__ = ["Transfer"]
 
@@ -27,31 +27,29 @@ class Transfer:
     """
 
     def __init__(self, device: Device, up: int) -> None:
-        self._device = device
+        self._device, self._end = device, 0
         self._up, self._back = device.staging_buffer(up), device.landing_buffer(1 << 12)
 
-    def put(self, encoder: Any, pieces: Iterable[tuple[int, NDArray[np.uint8]]], target: Any) -> None:
-        """Copy bytes to where they go up from, and record that they go to a buffer, which has them at the same places.
+    def put(self, pieces: Sequence[tuple[int, NDArray[np.uint8]]]) -> None:
+        """Copy bytes to where they go up from.
 
         Args:
-            encoder: of the step.
             pieces: first byte, a multiple of 8, and uint8[bytes]; one behind the other. What lies between becomes anything.
-            target: the buffer.
         """
-        end = 0
-        for offset, data in pieces:
-            with span("upload", data.size):
-                self._device.write_mapped(self._up, offset, data)
-            end = offset + data.size
-        self._device.unmap(self._up)
-        self._device.copy(encoder, (self._up, 0, -(-end // 4) * 4), target, 0)
+        self._end = pieces[-1][0] + pieces[-1][1].size
+        self._device.write_mapped(self._up, pieces)
 
-    def run(self, encoder: Any, wanted: Sequence[tuple[Binding, Sequence[NDArray[np.uint8]]]]) -> None:
-        """Submit a step, wait for it, and take what came of it.
+    def record(self, encoder: Any, target: Any) -> None:
+        """Record that what was put goes to a buffer, which has it at the same places."""
+        self._device.unmap(self._up)
+        self._device.copy(encoder, (self._up, 0, -(-self._end // 4) * 4), target, 0)
+
+    def submit(self, encoder: Any, wanted: Sequence[tuple[Binding, Sequence[NDArray[np.uint8]]]]) -> Callable[[], None]:
+        """Submit a step; return what waits for it, and takes what came of it.
 
         Args:
-            encoder: what is to be done; put() was called with it.
-            wanted: pieces of buffers, from whole fours on, and uint8 arrays of as many bytes together; written.
+            encoder: what is to be done; put() and record() were called.
+            wanted: pieces of buffers, from whole fours on, and uint8 arrays of as many bytes together; written then.
 
         Raises:
             DeviceError: the device was lost.
@@ -66,9 +64,15 @@ class Transfer:
             device.copy(encoder, (buffer, offset, -(-nbytes // 4) * 4), self._back, place)
         device.submit(encoder)
         again, back = device.map_again(self._up), device.mapping(self._back, end)
-        with back as mapped:
-            for (_, outs), place in zip(wanted, places, strict=True):
-                for out in outs:
-                    out[...] = mapped[place : place + out.size]
-                    place += out.size
-        again()
+
+        def take() -> None:
+            pairs = []
+            with back as mapped:
+                for (_, outs), place in zip(wanted, places, strict=True):
+                    for out in outs:
+                        pairs.append((out, mapped[place : place + out.size]))
+                        place += out.size
+                copy(pairs, "quantize")
+            again()
+
+        return take

@@ -448,7 +448,7 @@ class GpuModel(Mapping[str, GpuTensor]):
 
     def _put(self, arriving: _Arriving, buffer: Any, offset: int, data: Any) -> None:
         if any(buffer is one for one in arriving.mapped):  # not what a quantizer made
-            self.device.write_mapped(buffer, offset, data)
+            self.device.write_mapped(buffer, [(offset, data)])
         else:
             self.device.write(buffer, offset, data)
 
@@ -470,7 +470,7 @@ class GpuModel(Mapping[str, GpuTensor]):
                         start += size
             tensors[name] = GpuTensor(*_kind(parts.tensor), self.device, home, arriving.places[name])
         for buffer in arriving.mapped:
-            buffer.unmap()
+            self.device.unmap(buffer)
         arriving.mapped.clear()
         with self._changed:
             if self._closed:
@@ -497,7 +497,8 @@ class GpuModel(Mapping[str, GpuTensor]):
                 _wait(check)
             one.home.close()
             for buffer in one.mapped:
-                buffer.unmap()
+                with contextlib.suppress(DeviceError):
+                    self.device.unmap(buffer)
 
     # ---- the end ----
 
