@@ -116,6 +116,23 @@ def uploads(device: Any, folder: Path, path: Path, rounds: int) -> dict[str, Any
         how = "unchecked" if verify == "off" else "checked"
         return {f"lazily, {how}, 4 threads": whole, f"first layer, {how}": first}
 
+    def passing(name: str, *, reuse: bool) -> float:  # a model that does not fit, again and again: what comes again was checked
+        model, found = held.get(name, (None, None))
+        if model is None:
+            model = qc.load(path, "nf4", cache=folder / "c")
+            sizes = [sum(part.nbytes for name in names for part in model.part_sizes(name)) for names in model.in_layers()]
+            found = model.upload(device, threads=4, lazy=True, budget=max(max(sizes), 3 * sizes[1]) * 5 // 4, reuse=reuse)
+            held[name] = model, found
+            for _ in found.layers():
+                pass
+        device.settle()
+        start = time.perf_counter()
+        for _ in found.layers():
+            pass
+        device.settle()
+        return time.perf_counter() - start
+
+    held: dict[str, Any] = {}
     entry = np.memmap(next(folder.glob("c/v*/entries/*/*")), np.uint8, "r")[: nbytes // 4 * 4]
     size = 256 << 20 if nbytes > 256 << 20 else -(-nbytes // 256) * 256
     existing = [device.buffer(size, "what is there") for _ in range(-(-entry.size // size))]
@@ -147,10 +164,15 @@ def uploads(device: Any, folder: Path, path: Path, rounds: int) -> dict[str, Any
     rows = [Row(f"upload, unchecked, {threads} threads", lambda t=threads: ours("off", t), nbytes) for threads in (1, 4, 8)]
     rows += [Row(f"upload, checked, {threads} threads", lambda t=threads: ours("touch", t), nbytes) for threads in (1, 4, 8)]
     rows += [Row("lazily, unchecked", lambda: lazily("off"), nbytes), Row("lazily, checked", lambda: lazily("touch"), nbytes)]
+    for name, reuse in (("lazily within a budget, a later pass", False), ("the same, layers written over", True)):
+        rows.append(Row(name, lambda n=name, r=reuse: passing(n, reuse=r), nbytes))
     rows += [Row("the same bytes into buffers that are there, 4 threads", again, nbytes), Row("making and dropping the buffers alone", made, nbytes)]
     rows += [Row("a tensor and a wait at a time, unchecked", whole, nbytes)]
     rows += torch_rows(next(folder.glob("c/v*/entries/*/*")), nbytes)
     seconds = {name: median(values) for name, values in alternate(rows, rounds, lambda: device.fence()()).items()}
+    for model, uploaded in held.values():
+        uploaded.close()
+        model.close()
     firsts = {name: seconds.pop(name) for name in list(seconds) if name.startswith("first layer")}
     found = {name: nbytes / value / 1e9 for name, value in seconds.items()}
     pinned = found.get("torch, pinned, into memory that is there", float("nan"))

@@ -189,6 +189,7 @@ class Model(Mapping[str, Tensor]):
         *,
         lazy: bool = False,
         budget: int | None = None,
+        reuse: bool = False,
         order: str = "layers",
         threads: int = 0,
     ) -> GpuModel:
@@ -198,6 +199,8 @@ class Model(Mapping[str, Tensor]):
             device: a wgpu.GPUDevice, a qc.gpu.Device, or None: the fastest there is.
             lazy: a layer comes when it is first used, and the next one meanwhile; else all before this returns.
             budget: with `lazy`, bytes on the device: the least recently used layers leave.
+            reuse: with a budget, layers are written over those that left: twice as fast. Submit what uses a layer before you ask for
+                another; tensors of a layer that left raise DeviceError, what was bound of it is another layer's.
             order: "layers", or "size": the largest tensors first.
             threads: 0 chooses.
 
@@ -212,7 +215,7 @@ class Model(Mapping[str, Tensor]):
         """
         from quantcache.loader.gpu.upload import upload
 
-        return upload(self, device, lazy=lazy, budget=budget, order=order, threads=threads)
+        return upload(self, device, lazy=lazy, budget=budget, reuse=reuse, order=order, threads=threads)
 
     def part_sizes(self, name: str) -> list[PartSize]:
         """Return the parts of a tensor as they are handed out: known without touching it, once it is quantized."""

@@ -23,6 +23,7 @@ from quantcache.tensor import BLOCKS
 
 gpu = pytest.importorskip("quantcache.loader.gpu")
 compute = pytest.importorskip("quantcache.loader.gpu.compute")
+encode = pytest.importorskip("quantcache.loader.gpu.encode")
 steps = pytest.importorskip("quantcache.loader.gpu.steps")
 
 LAYERS = 3
@@ -291,6 +292,82 @@ def test_budget(device: Any, path: Path, tmp_path: Path) -> None:
             assert there(held) == stored(model["emb.weight"])
         with model.upload(device, lazy=True, budget=1000) as found, pytest.raises(qc.UsageError, match="does not take layer"):
             found["blocks.0.a.weight"]
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    """Return a checkpoint of eight layers of one size between two others."""
+    rng = np.random.default_rng()
+    tensors = {f"layers.{n}.{name}.weight": rng.standard_normal((96, 256)).astype(np.float16) for n in range(8) for name in "ab"}
+    tensors |= {f"layers.{n}.norm": rng.standard_normal(77).astype(np.float16) for n in range(8)}
+    save_file(tensors | {"emb.weight": rng.standard_normal((300, 64)).astype(np.float16), "head.weight": rng.standard_normal((64, 256)).astype(np.float16)}, tmp_path / "d.safetensors")
+    return tmp_path / "d.safetensors"
+
+
+def layer_sizes(model: qc.Model, device: Any) -> list[int]:
+    """Return the bytes that each layer takes on a device."""
+    with model.upload(device, lazy=True) as whole:
+        return [next(iter(layer.values())).home.nbytes for layer in whole.layers()]
+
+
+@pytest.mark.parametrize("quantizes", [False, True])
+def test_layers_are_written_over(device: Any, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantizes: bool) -> None:
+    """With reuse, layers come into the buffers of those that left, within the budget; work that was submitted before is right."""
+    monkeypatch.setattr(encode, "_LEAST", 0)
+    with qc.load(deep, "nf4", mode="off", device=device if quantizes else None) as model:
+        sizes = layer_sizes(model, device)
+        gc.collect()
+        before = device.held
+        made: list[int] = []
+        real = type(device).buffer
+        monkeypatch.setattr(type(device), "buffer", lambda self, nbytes, what, **how: (made.append(nbytes) if what.startswith("layer") else None, real(self, nbytes, what, **how))[1])
+        with model.upload(device, lazy=True, budget=max(sizes[0] + sizes[1], 2 * sizes[1]), reuse=True) as found:
+            xs = np.random.default_rng(3).standard_normal((256,)).astype(np.float32)
+            x, left, results = device.buffer(1024, "x"), [], []
+            device.write(x, 0, xs.view(np.uint8))
+            for turn in range(3):
+                for layer in found.layers():
+                    for name, tensor in layer.items():
+                        assert there(tensor) == stored(model[name]), (turn, name)
+                        if tensor.shape == (96, 256):
+                            y = device.buffer(96 * 4, "y")
+                            encoder = device.encoder()
+                            with device.compute_pass(encoder) as within:
+                                gpu.record_matvec(within, tensor, (x, 0, 1024), (y, 0, 96 * 4))
+                            device.submit(encoder)
+                            results.append((name, y))
+                    assert not layer or found.nbytes <= found._budget
+                    left += [tensor for name, tensor in layer.items() if name.startswith("layers.3.")]
+            assert len(made) <= 3 * 4  # a turn: what is like no other, and two layers
+            assert device.held - before <= found._budget + 1024 + len(results) * 96 * 4
+            for name, y in results:
+                wanted = model[name].dequantize(np.float32) @ xs
+                assert np.allclose(device.read((y, 0, 96 * 4)).view(np.float32), wanted, rtol=1e-3, atol=1e-3), name
+            for tensor in left:
+                with pytest.raises(qc.DeviceError, match="its layer left"):
+                    _ = tensor.parts
+        with pytest.raises(qc.UsageError, match="reuse=True is for a budget"):
+            model.upload(device, lazy=True, reuse=True)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_layers_are_written_over_in_any_order(device: Any, deep: Path, tmp_path: Path, layers: int) -> None:
+    """With reuse, whichever layer is asked for, and whatever was fetched ahead, its bytes are right until another is asked for."""
+    rng = np.random.default_rng()
+    qc.load(deep, "nf4", cache=tmp_path / "c").close()
+    with qc.load(deep, "nf4", cache=tmp_path / "c") as model:
+        sizes = layer_sizes(model, device)
+        wanted = {name: stored(model[name]) for name in model}
+        gc.collect()
+        before = device.held
+        with model.upload(device, lazy=True, budget=layers * max(sizes), reuse=True) as found:
+            for number in rng.integers(0, len(sizes), 150):
+                names = model.in_layers()[number]
+                tensors = {name: found[name] for name in names}
+                if rng.random() < 0.5:
+                    time.sleep(rng.random() * 0.003)
+                assert all(there(tensor) == wanted[name] for name, tensor in tensors.items())
+                assert device.held - before <= layers * max(sizes)
 
 
 @pytest.mark.parametrize(("budget", "ahead"), [(None, 3), (1 << 30, 1)])

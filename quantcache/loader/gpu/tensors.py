@@ -28,6 +28,8 @@ class Home:
 
     def __init__(self) -> None:
         self.buffers: list[Any] = []
+        self.own: list[Any] = []  # those that nobody else made
+        self.places: list[list[Any]] = []  # of each tensor, which somebody may still hold
         self.nbytes = 0
         self.closed = False
 
@@ -41,7 +43,9 @@ class Home:
     def close(self) -> None:
         """Let go of the buffers: whoever has one still has it, and the tensors say that they are closed."""
         self.closed = True
-        self.buffers = []
+        self.buffers, self.own = [], []
+        for place in self.places:
+            place[0] = None
 
 
 @dataclass(frozen=True)
@@ -61,18 +65,25 @@ class GpuTensor:
     dtypes: Mapping[str, str]
     device: Device = field(repr=False)
     home: Home = field(repr=False)
-    _pieces: Mapping[str, tuple[Binding, ...]] = field(repr=False)
+    _pieces: Any = field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Put the places where the buffers' owner can let go of them."""
+        nbytes = sum(size for found in self._pieces.values() for _, _, size in found)
+        object.__setattr__(self, "_pieces", [self._pieces, nbytes])
+        self.home.places.append(self._pieces)
 
     @property
     def pieces(self) -> Mapping[str, tuple[Binding, ...]]:
         """Part -> (buffer, first byte, bytes), one after the other: several where one buffer does not take the part.
 
         Raises:
-            DeviceError: the model was closed.
+            DeviceError: the model was closed, or the layer left, and is written over.
         """
-        if self.home.closed:
-            raise DeviceError("this tensor's model was closed")
-        return self._pieces
+        found: Mapping[str, tuple[Binding, ...]] | None = self._pieces[0]
+        if found is None or self.home.closed:
+            raise DeviceError("this tensor's model was closed, or its layer left")
+        return found
 
     @property
     def parts(self) -> dict[str, Binding]:
@@ -92,7 +103,8 @@ class GpuTensor:
     @property
     def nbytes(self) -> int:
         """Stored bytes."""
-        return sum(size for found in self._pieces.values() for _, _, size in found)
+        found: int = self._pieces[1]
+        return found
 
     @property
     def rows(self) -> int:
@@ -239,7 +251,8 @@ def place(
         (name, part, [(*room(size), size) for size in _split(part.nbytes, rows, device.max_buffer, align)])
         for name, rows, part in ordered
     ]
-    home.buffers = [new(size) for size in sizes]
+    home.own = [new(size) for size in sizes]
+    home.buffers = list(home.own)
     home.nbytes = sum(sizes)
     places: dict[str, dict[str, tuple[Binding, ...]]] = {name: {part.name: () for part in parts} for name, (_, parts) in tensors.items()}
     spans = []

@@ -48,6 +48,7 @@ def upload(
     *,
     lazy: bool = False,
     budget: int | None = None,
+    reuse: bool = False,
     order: str = "layers",
     threads: int = 0,
 ) -> GpuModel:
@@ -56,9 +57,11 @@ def upload(
         raise UsageError(f"order={order!r}: it is 'layers' or 'size'")
     if budget is not None and not lazy:
         raise UsageError("a budget is for lazy=True: else all layers stay")
+    if reuse and budget is None:
+        raise UsageError("reuse=True is for a budget: else no layer leaves")
     if lazy and order != "layers":
         raise UsageError("lazy=True goes by layers")
-    found = GpuModel(model, Device.of(device), lazy=lazy, budget=budget, order=order, threads=threads)
+    found = GpuModel(model, Device.of(device), lazy=lazy, budget=budget, reuse=reuse, order=order, threads=threads)
     if not lazy:
         try:
             found._load_all()
@@ -125,8 +128,10 @@ class _Arriving:
 
 
     def let_go(self) -> None:
-        """Keep nothing of what was moved: of a matrix that was turned that is a copy."""
+        """Keep nothing of what was moved: of a matrix that was turned that is a copy; nor of the buffers, which may have to go."""
         self._found.clear()
+        self.units.clear()
+        self.places = {}
         self.checks.clear()
         self.steps.clear()
 
@@ -139,9 +144,12 @@ class GpuModel(Mapping[str, GpuTensor]):
         hit: whether nothing had to be quantized when it came here.
     """
 
-    def __init__(self, model: Model, device: Device, *, lazy: bool, budget: int | None, order: str, threads: int) -> None:
+    def __init__(
+        self, model: Model, device: Device, *, lazy: bool, budget: int | None = None, reuse: bool = False, order: str = "layers", threads: int = 0
+    ) -> None:
         self.device = device
-        self._model, self._lazy, self._budget = model, lazy, budget
+        self._model, self._lazy, self._budget, self._reuse = model, lazy, budget, reuse
+        self._spare: deque[Any] = deque()  # buffers of layers that left, to be written again; the longest there first
         self._threads = threads or min(_MAX_THREADS, max(2, model.threads))
         names, self._shared = model.in_layers(), 0
         if order == "size" or (not lazy and model.hit):  # nothing leaves by itself, and nothing is waited for
@@ -153,10 +161,12 @@ class GpuModel(Mapping[str, GpuTensor]):
         self._of = {name: group for group in self._groups for name in group.names}
         self._changed = threading.Condition()
         self._resident: OrderedDict[int, _Group] = OrderedDict()  # the least recently used first
+        self._asked: _Group | None = None  # for which somebody asked last
         self._closed = False
         self._homes: weakref.WeakSet[Home] = weakref.WeakSet()
         #: layers that are on their way while one is used
-        self._ahead = 0 if not lazy else 1 if budget is not None else _LAYERS_AHEAD
+        self._ahead = 0 if not lazy else _LAYERS_AHEAD if budget is None else 2 if reuse else 1
+        self._looked: set[int] = set()  # layers that were asked for of the disk, if need be, and have not begun
         self._loaders: list[threading.Thread] = []
         self._turn = threading.Lock()  # layers are begun one after the other
         self._pool = ThreadPoolExecutor(self._threads, "quantcache-upload")
@@ -183,7 +193,8 @@ class GpuModel(Mapping[str, GpuTensor]):
     def __getitem__(self, name: str) -> GpuTensor:
         """Return a tensor; its layer comes first, if it is not there, and the next one is begun.
 
-        What a lazy model lets go of stays valid for whoever still holds the tensor, and takes its memory so long.
+        What a lazy model lets go of stays valid for whoever still holds the tensor, and takes its memory so long; with `reuse` it is
+        written over, and its tensors raise DeviceError.
 
         Raises:
             KeyError: there is no such tensor.
@@ -193,7 +204,10 @@ class GpuModel(Mapping[str, GpuTensor]):
         return self._have(self._of[name])[name]
 
     def layers(self) -> Iterator[dict[str, GpuTensor]]:
-        """Yield the tensors of one layer after the other; while a layer is worked with, the next one comes."""
+        """Yield the tensors of one layer after the other; while a layer is worked with, the next one comes.
+
+        With `reuse`, submit what uses a layer before you ask for the next one.
+        """
         for names in self._model.in_layers():
             yield {name: self[name] for name in names}
 
@@ -241,7 +255,9 @@ class GpuModel(Mapping[str, GpuTensor]):
 
     def _have(self, group: _Group) -> dict[str, GpuTensor]:
         """Return a group's tensors, bringing them if need be."""
+        told = False
         with self._changed:
+            self._asked = group
             while True:
                 if self._closed:
                     raise DeviceError("this model was closed")
@@ -253,6 +269,9 @@ class GpuModel(Mapping[str, GpuTensor]):
                 if not group.loading:
                     group.loading = True
                     break
+                if self._goes_on and not told:  # once: what does not fit now will not until somebody asks for another
+                    self._ask_next(group)
+                    told = True
                 self._changed.wait(0.5)
         found = self._bring(group)
         with self._changed:
@@ -265,15 +284,26 @@ class GpuModel(Mapping[str, GpuTensor]):
             self._start(group, None, arriving)
             if not arriving:
                 raise DeviceError("this model was closed")
-            if self._budget is None:  # behind this one: the threads go on without a pause
+            if self._goes_on:
                 with self._changed:
                     self._ask_next(group)
             return self._arrive(arriving[0])
 
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the next layers begin before the one that is asked for is there, so that threads go on without a pause.
+
+        With a budget, whoever waits still holds the layer before it: only if that is written over is there room.
+        """
+        return self._budget is None or self._reuse
+
     def _start(self, group: _Group, beside: _Group | None, arriving: list[_Arriving]) -> None:
         """Begin to load a group, unless it does not fit the budget beside another that has to stay."""
         if self._make_room(group, beside):
-            self._prefetch(self._groups[group.number : group.number + 1 + self._ahead])
+            soon = self._groups[group.number : group.number + 1 + self._ahead]
+            self._prefetch([one for one in soon if beside is None or one.number not in self._looked])
+            self._looked.update(one.number for one in soon)
+            self._looked.discard(group.number)
             arriving.append(self._begin(group))
 
     @contextlib.contextmanager
@@ -301,7 +331,7 @@ class GpuModel(Mapping[str, GpuTensor]):
                 continue
             following.loading = True
             self._loaders = [thread for thread in self._loaders if thread.is_alive()]
-            if len(self._loaders) < self._ahead:
+            if len(self._loaders) < self._ahead + self._reuse:
                 thread = threading.Thread(target=self._run, name="quantcache-next-layer", daemon=True)
                 try:
                     thread.start()
@@ -326,6 +356,11 @@ class GpuModel(Mapping[str, GpuTensor]):
                     self._start(group, beside, arriving)
                 if arriving:
                     self._arrive(arriving[0])
+                    arriving.clear()  # nothing of it is held while this waits
+                    continue
+            with self._changed:  # there was no room; now there may be, for somebody asked for another meanwhile
+                if self._asked not in (None, beside) and not self._closed:
+                    self._ask_next(self._asked)
 
     def _next_wanted(self) -> tuple[_Group, _Group] | None:
         """Return a layer to bring and the one that it must fit beside; None, and this thread ends, if none is wanted for a while."""
@@ -368,13 +403,22 @@ class GpuModel(Mapping[str, GpuTensor]):
             raise UsageError(f"a budget of {self._budget:,} bytes does not take layer {group.number}, of {size:,}")
         with self._changed:
             while True:
+                if beside is not None and self._asked is not None and beside.number < self._asked.number < group.number:
+                    beside = self._asked  # nobody works with the other one any more
                 if beside is not None and beside.reserved + size > self._budget:
                     group.apart = True
                     return False
                 taken = sum(other.reserved for other in self._groups)
-                while taken + size > self._budget and self._resident:
-                    _, oldest = self._resident.popitem(last=False)
+                for oldest in list(self._resident.values()):
+                    if taken + size <= self._budget:
+                        break
+                    if oldest is self._asked or (beside is not None and beside.number <= oldest.number <= group.number):  # somebody works with it, or will
+                        continue
+                    del self._resident[oldest.number]
                     taken -= oldest.reserved
+                    if self._reuse and oldest.home is not None:
+                        self._spare += oldest.home.own
+                        oldest.home.close()
                     oldest.home, oldest.tensors, oldest.reserved = None, {}, 0
                 if taken + size <= self._budget:
                     group.reserved = size
@@ -382,6 +426,19 @@ class GpuModel(Mapping[str, GpuTensor]):
                 if beside is not None or self._closed:  # the rest is on its way for others
                     return False
                 self._changed.wait(0.5)
+
+    def _buffer(self, group: _Group, nbytes: int, made: int) -> Any:
+        """Return a buffer for a group that has made so many bytes: one of a layer that left, or a new one, for which such may have to go."""
+        assert self._budget is not None
+        with self._changed:
+            for number, spare in enumerate(self._spare):
+                if spare.size == nbytes:
+                    del self._spare[number]
+                    return spare
+            held = made + nbytes + sum(other.reserved for other in self._groups if other is not group)
+            while self._spare and held + sum(spare.size for spare in self._spare) > self._budget:
+                self._spare.popleft()
+        return self.device.buffer(nbytes, f"layer {group.number} of {self._model.path.name}")
 
     def _prefetch(self, groups: list[_Group]) -> None:
         """Have the model bring, and check, what has to come from disk."""
@@ -396,9 +453,13 @@ class GpuModel(Mapping[str, GpuTensor]):
         kept = {name: found.parts for name in group.names if (found := model.kept(name)) is not None and found.device.raw is device.raw}
         described = {name: (model.rows(name), [part for part in parts[name] if part.name not in kept.get(name, ())]) for name in group.names}
         mapped: list[Any] = []
+        made: list[int] = []
 
         def new(nbytes: int) -> Any:
             what = f"layer {group.number} of {model.path.name}"
+            if self._reuse:
+                made.append(nbytes)
+                return self._buffer(group, nbytes, sum(made[:-1]))
             if not device.unified:
                 return device.buffer(nbytes, what)
             mapped.append(device.mapped_buffer(nbytes, what))
@@ -511,6 +572,7 @@ class GpuModel(Mapping[str, GpuTensor]):
             for group in self._groups:
                 group.home, group.tensors = None, {}
             self._resident.clear()
+            self._spare.clear()
             self._changed.notify_all()
         for pool in (self._checkers, self._pool):
             pool.shutdown(wait=False, cancel_futures=True)
