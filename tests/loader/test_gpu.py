@@ -253,10 +253,10 @@ def test_a_bad_sector_under_half_of_a_tensor(device: Any, tmp_path: Path, monkey
 
 def test_an_upload_that_stops_checks_no_further(device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks that were queued ahead are dropped when an upload fails, or is interrupted: whoever waits is answered soon."""
-    from quantcache.loader.gpu import upload
+    from quantcache.loader.gpu import groups, upload
 
     monkeypatch.setattr(steps, "_STEP", 16 << 10)
-    monkeypatch.setattr(upload, "_BUNDLE", 256 << 10)
+    monkeypatch.setattr(groups, "_BUNDLE", 256 << 10)
     path = tmp_path / "m.safetensors"
     save_file({f"blocks.{n}.weight": np.random.default_rng().standard_normal((256, 512)).astype(np.float16) for n in range(150)}, path)
     qc.load(path, "nf4", cache=tmp_path / "c").close()

@@ -16,15 +16,13 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from quantcache.errors import DeviceError, DeviceOutOfMemory, UsageError
 from quantcache.loader.gpu.device import Device
-from quantcache.loader.gpu.steps import Parts, runs, units
+from quantcache.loader.gpu.groups import Arriving, Group, bundled, kind
+from quantcache.loader.gpu.steps import Parts, runs
 from quantcache.loader.gpu.tensors import GpuTensor, Home, Span, padded_nbytes, place
 from quantcache.memory import populate
-from quantcache.quant.codec import codec, codec_ids
-from quantcache.tensor import PartSize, QuantTensor, element_name
+from quantcache.tensor import PartSize
 from quantcache.trace import working_for
 
 if TYPE_CHECKING:
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuModel", "upload"]
 
-#: Bytes of the buffers that a whole model comes in.
-_BUNDLE = 1 << 30
 #: Steps that checks are ahead, for each thread: while a buffer is made nothing is moved, and checks go on.
 _AHEAD = 8
 #: Layers that a lazy model without a budget brings ahead: with one, threads would wait at the end of each for its last steps.
@@ -71,71 +67,6 @@ def upload(
     return found
 
 
-class _Group:
-    """Hold tensors that come and go together: a layer. All fields are guarded by the model's lock."""
-
-    def __init__(self, number: int, names: list[str]) -> None:
-        self.number, self.names = number, names
-        self.home: Home | None = None
-        self.tensors: dict[str, GpuTensor] = {}
-        self.loading = False
-        self.apart = False  # the budget, or the device, does not take it beside the layers before it
-        self.reserved = 0  # bytes that count against the budget, from before it is loaded until it leaves
-
-
-class _Arriving:
-    """A group on its way: where it goes, and what of it was asked of the model so far."""
-
-    def __init__(self, group: _Group, home: Home, places: Mapping[str, Any], spans: list[Span], mapped: list[Any]) -> None:
-        self.group, self.home, self.places, self.mapped = group, home, places, mapped
-        self.units = units(spans)
-        self.checks: list[Future[dict[str, Parts]]] = []
-        self.steps: list[Future[None]] = []
-        self.lock = threading.Lock()
-        self._found: dict[str, Parts] = {}
-        #: tensors that were asked for again: what was moved before may be wrong, and nobody checks it any more
-        self.renewed: set[str] = set()
-
-    def parts_of(self, model: Model, name: str, *, again: bool = False) -> Parts:
-        """Return a tensor's parts, and the checks that are to be fed with them.
-
-        Args:
-            model: the model.
-            name: of the tensor.
-            again: it turned out wrong, or cannot be read: have it checked, and built again, by the model.
-        """
-        with self.lock:  # two threads must feed the same checks
-            found = None if again else self._found.get(name)
-        if found is not None:
-            return found
-        whole = all(len(pieces) == 1 for pieces in self.places[name].values())
-        tensor, checks = model.unchecked(name) if whole and not again else (model.in_memory(name), {})
-        try:
-            arrays = _bytes(tensor)
-        except ValueError:  # of what nobody has checked yet nothing could be made
-            if again:
-                raise
-            return self.parts_of(model, name, again=True)
-        for part, pieces in self.places[name].items():
-            planned = sum(size for _, _, size in pieces)
-            if arrays[part].size != planned:
-                raise DeviceError(f"tensor {name!r}: {part} has {arrays[part].size} bytes, {planned} were planned")
-        with self.lock:
-            if again:
-                self._found.pop(name, None)
-                self.renewed.add(name)
-            return self._found.setdefault(name, Parts(tensor, arrays, checks))
-
-
-    def let_go(self) -> None:
-        """Keep nothing of what was moved: of a matrix that was turned that is a copy; nor of the buffers, which may have to go."""
-        self._found.clear()
-        self.units.clear()
-        self.places = {}
-        self.checks.clear()
-        self.steps.clear()
-
-
 class GpuModel(Mapping[str, GpuTensor]):
     """Map tensor names to tensors on a GPU, in layer order. Close it, or use it in a `with`; the Model stays open.
 
@@ -156,12 +87,12 @@ class GpuModel(Mapping[str, GpuTensor]):
             sizes = {report.name: report.nbytes for report in model.report()}
             if order == "size":
                 names = [[name] for name in sorted(sizes, key=lambda name: (-sizes[name], name))]
-            names, self._shared = _bundled(names, sizes), device.max_buffer
-        self._groups = [_Group(number, found) for number, found in enumerate(names)]
+            names, self._shared = bundled(names, sizes), device.max_buffer
+        self._groups = [Group(number, found) for number, found in enumerate(names)]
         self._of = {name: group for group in self._groups for name in group.names}
         self._changed = threading.Condition()
-        self._resident: OrderedDict[int, _Group] = OrderedDict()  # the least recently used first
-        self._asked: _Group | None = None  # for which somebody asked last
+        self._resident: OrderedDict[int, Group] = OrderedDict()  # the least recently used first
+        self._asked: Group | None = None  # for which somebody asked last
         self._closed = False
         self._homes: weakref.WeakSet[Home] = weakref.WeakSet()
         #: layers that are on their way while one is used
@@ -171,7 +102,7 @@ class GpuModel(Mapping[str, GpuTensor]):
         self._turn = threading.Lock()  # layers are begun one after the other
         self._pool = ThreadPoolExecutor(self._threads, "quantcache-upload")
         self._checkers = ThreadPoolExecutor(self._threads, "quantcache-check")
-        self._wanted: deque[tuple[_Group, _Group]] = deque()  # a layer, and the one that it must fit beside
+        self._wanted: deque[tuple[Group, Group]] = deque()  # a layer, and the one that it must fit beside
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -235,7 +166,7 @@ class GpuModel(Mapping[str, GpuTensor]):
         self._prefetch(started)
         for group in started:
             group.loading = True
-        arriving: list[_Arriving] = []
+        arriving: list[Arriving] = []
         try:
             for group in started:
                 arriving += [self._begin(group)]
@@ -253,7 +184,7 @@ class GpuModel(Mapping[str, GpuTensor]):
                     group.loading = False
                 self._changed.notify_all()
 
-    def _have(self, group: _Group) -> dict[str, GpuTensor]:
+    def _have(self, group: Group) -> dict[str, GpuTensor]:
         """Return a group's tensors, bringing them if need be."""
         told = False
         with self._changed:
@@ -278,7 +209,7 @@ class GpuModel(Mapping[str, GpuTensor]):
             self._ask_next(group)
         return found
 
-    def _bring(self, group: _Group) -> dict[str, GpuTensor]:
+    def _bring(self, group: Group) -> dict[str, GpuTensor]:
         """Load a group that was marked as loading, and return its tensors."""
         with self._bringing(group) as arriving:
             self._start(group, None, arriving)
@@ -297,7 +228,7 @@ class GpuModel(Mapping[str, GpuTensor]):
         """
         return self._budget is None or self._reuse
 
-    def _start(self, group: _Group, beside: _Group | None, arriving: list[_Arriving]) -> None:
+    def _start(self, group: Group, beside: Group | None, arriving: list[Arriving]) -> None:
         """Begin to load a group, unless it does not fit the budget beside another that has to stay."""
         if self._make_room(group, beside):
             soon = self._groups[group.number : group.number + 1 + self._ahead]
@@ -307,9 +238,9 @@ class GpuModel(Mapping[str, GpuTensor]):
             arriving.append(self._begin(group))
 
     @contextlib.contextmanager
-    def _bringing(self, group: _Group) -> Iterator[list[_Arriving]]:
+    def _bringing(self, group: Group) -> Iterator[list[Arriving]]:
         """Give what is on its way up if the block fails; the group is not marked as loading after it."""
-        arriving: list[_Arriving] = []
+        arriving: list[Arriving] = []
         try:
             yield arriving
         except BaseException as error:
@@ -324,7 +255,7 @@ class GpuModel(Mapping[str, GpuTensor]):
                 group.loading = False
                 self._changed.notify_all()
 
-    def _ask_next(self, group: _Group) -> None:
+    def _ask_next(self, group: Group) -> None:
         """Have the next layers come; with a budget one, if it fits beside this: how large it is, its thread finds out, a miss may have to be waited for."""
         for following in self._groups[group.number + 1 : group.number + 1 + self._ahead]:
             if following.home is not None or following.loading or following.apart:
@@ -362,7 +293,7 @@ class GpuModel(Mapping[str, GpuTensor]):
                 if self._asked not in (None, beside) and not self._closed:
                     self._ask_next(self._asked)
 
-    def _next_wanted(self) -> tuple[_Group, _Group] | None:
+    def _next_wanted(self) -> tuple[Group, Group] | None:
         """Return a layer to bring and the one that it must fit beside; None, and this thread ends, if none is wanted for a while."""
         end = time.monotonic() + 5
         with self._changed:
@@ -374,7 +305,7 @@ class GpuModel(Mapping[str, GpuTensor]):
             return None
 
     @contextlib.contextmanager
-    def _quietly(self, group: _Group) -> Iterator[None]:
+    def _quietly(self, group: Group) -> Iterator[None]:
         """Keep what fails behind the caller's back: whoever asks for the layer tries again, and is told."""
         try:
             yield
@@ -384,7 +315,7 @@ class GpuModel(Mapping[str, GpuTensor]):
         except Exception:  # noqa: BLE001, S110 - see above
             pass
 
-    def _size(self, group: _Group) -> int:
+    def _size(self, group: Group) -> int:
         """Return the bytes that a group takes on the device; waits until it is quantized."""
         return sum(padded_nbytes(part.nbytes, self.device) for name in group.names for part in self._parts(name))
 
@@ -394,7 +325,7 @@ class GpuModel(Mapping[str, GpuTensor]):
         behind = max((part.position for part in parts), default=0)
         return parts + [PartSize(part, dtype, nbytes, behind) for part, (dtype, nbytes) in self._model.shader_parts(name).items()]
 
-    def _make_room(self, group: _Group, beside: _Group | None) -> bool:
+    def _make_room(self, group: Group, beside: Group | None) -> bool:
         """Let the least recently used layers go, until a group fits the budget; return whether it may come."""
         if self._budget is None:
             return True
@@ -427,7 +358,7 @@ class GpuModel(Mapping[str, GpuTensor]):
                     return False
                 self._changed.wait(0.5)
 
-    def _buffer(self, group: _Group, nbytes: int, made: int) -> Any:
+    def _buffer(self, group: Group, nbytes: int, made: int) -> Any:
         """Return a buffer for a group that has made so many bytes: one of a layer that left, or a new one, for which such may have to go."""
         assert self._budget is not None
         with self._changed:
@@ -440,13 +371,13 @@ class GpuModel(Mapping[str, GpuTensor]):
                 self._spare.popleft()
         return self.device.buffer(nbytes, f"layer {group.number} of {self._model.path.name}")
 
-    def _prefetch(self, groups: list[_Group]) -> None:
+    def _prefetch(self, groups: list[Group]) -> None:
         """Have the model bring, and check, what has to come from disk."""
         names = [name for group in groups for name in group.names if not self._model.is_warm(name)]
         if names:
             self._model.prefetch(names)
 
-    def _begin(self, group: _Group) -> _Arriving:
+    def _begin(self, group: Group) -> Arriving:
         """Make a group's buffers, and have the threads fill them; on a miss, once it is quantized."""
         model, device = self._model, self.device
         parts = {name: self._parts(name) for name in group.names}
@@ -469,13 +400,13 @@ class GpuModel(Mapping[str, GpuTensor]):
         for name, there in kept.items():  # quantized there: only the rest is to be brought
             places[name] = {part.name: (there[part.name],) if part.name in there else places[name][part.name] for part in parts[name]}
             home.share(there.values())
-        arriving = _Arriving(group, home, places, spans, mapped)
+        arriving = Arriving(group, home, places, spans, mapped)
         if arriving.units:  # the threads that move may still be at the layer before, or wait for a buffer
             self._check_ahead(arriving, 0)
         arriving.steps = [self._pool.submit(self._step, arriving, number) for number in range(len(arriving.units))]
         return arriving
 
-    def _check_ahead(self, arriving: _Arriving, number: int) -> Future[dict[str, Parts]]:
+    def _check_ahead(self, arriving: Arriving, number: int) -> Future[dict[str, Parts]]:
         """Return the check of a step; it was begun a few steps before, as those behind it are now.
 
         One thread that checked and moved would keep the bus waiting; one that is far ahead might find its pages gone again.
@@ -485,7 +416,7 @@ class GpuModel(Mapping[str, GpuTensor]):
                 arriving.checks.append(self._checkers.submit(self._check, arriving, arriving.units[len(arriving.checks)]))
             return arriving.checks[number]
 
-    def _check(self, arriving: _Arriving, unit: list[Span]) -> dict[str, Parts]:
+    def _check(self, arriving: Arriving, unit: list[Span]) -> dict[str, Parts]:
         """Fault a few megabytes of a group in, digest them, and return the tensors that they are of."""
         if self._closed:
             raise DeviceError("the model was closed while it was uploaded")
@@ -500,20 +431,20 @@ class GpuModel(Mapping[str, GpuTensor]):
                     check.feed(span.start, found[span.name].arrays[span.part][span.start : span.start + span.nbytes].data)
             return found
 
-    def _step(self, arriving: _Arriving, number: int) -> None:
+    def _step(self, arriving: Arriving, number: int) -> None:
         """Write a few megabytes of a group."""
         found = self._check_ahead(arriving, number).result()
         with working_for(self._model.profile):
             for buffer, offset, data in runs(arriving.units[number], found):
                 self._put(arriving, buffer, offset, data)
 
-    def _put(self, arriving: _Arriving, buffer: Any, offset: int, data: Any) -> None:
+    def _put(self, arriving: Arriving, buffer: Any, offset: int, data: Any) -> None:
         if any(buffer is one for one in arriving.mapped):  # not what a quantizer made
             self.device.write_mapped(buffer, [(offset, data)])
         else:
             self.device.write(buffer, offset, data)
 
-    def _arrive(self, arriving: _Arriving) -> dict[str, GpuTensor]:
+    def _arrive(self, arriving: Arriving) -> dict[str, GpuTensor]:
         """Wait until a group is written, and hand it out."""
         group, home = arriving.group, arriving.home
         for step in arriving.steps:
@@ -529,10 +460,11 @@ class GpuModel(Mapping[str, GpuTensor]):
                     for buffer, offset, size in pieces:
                         self._put(arriving, buffer, offset, parts.arrays[part][start : start + size])
                         start += size
-            tensors[name] = GpuTensor(*_kind(parts.tensor), self.device, home, arriving.places[name])
+            tensors[name] = GpuTensor(*kind(parts.tensor), self.device, home, arriving.places[name])
         for buffer in arriving.mapped:
             self.device.unmap(buffer)
         arriving.mapped.clear()
+        arriving.let_go()
         with self._changed:
             if self._closed:
                 home.close()
@@ -541,10 +473,9 @@ class GpuModel(Mapping[str, GpuTensor]):
             self._homes.add(home)
             self._resident[group.number] = group
             self._changed.notify_all()
-        arriving.let_go()
         return tensors
 
-    def _stop(self, arriving: list[_Arriving]) -> None:
+    def _stop(self, arriving: list[Arriving]) -> None:
         """Give up groups that are on their way, once no thread is at them."""
         for one in arriving:
             for step in one.steps:
@@ -590,37 +521,3 @@ def _wait(future: Future[Any]) -> None:
     """Wait until a future has ended, however; concurrent.futures.wait() waits for ever for what a pool that is shut down dropped."""
     with contextlib.suppress(Exception, CancelledError):
         future.result()
-
-
-def _bundled(groups: list[list[str]], sizes: Mapping[str, int]) -> list[list[str]]:
-    """Put groups that follow each other together, up to the size of a buffer that has memory of its own."""
-    found: list[list[str]] = []
-    room = 0
-    for names in groups:
-        nbytes = sum(sizes[name] for name in names)
-        if room < nbytes:
-            found.append([])
-            room = _BUNDLE
-        found[-1] += names
-        room -= nbytes
-    return found
-
-
-def _kind(tensor: QuantTensor | Any) -> tuple[str, tuple[int, ...], dict[str, str]]:
-    """Return codec, shape and element types of a tensor as a GPU has it."""
-    if isinstance(tensor, QuantTensor):
-        more = {name: dtype for name, (dtype, _) in codec(tensor.codec).shader_parts.items()} if tensor.codec in codec_ids() else {}
-        return tensor.codec, tensor.shape, {name: element_name(part.dtype) for name, part in tensor.parts.items()} | more
-    return "f16", tensor.shape, {"values": element_name(tensor.dtype)}
-
-
-def _bytes(tensor: QuantTensor | Any) -> dict[str, Any]:
-    """Return part -> flat uint8; views, unless a plain matrix stands the other way round in its file, and what only a shader needs.
-
-    Raises:
-        ValueError: the parts are damaged.
-    """
-    parts = dict(tensor.parts) if isinstance(tensor, QuantTensor) else {"values": tensor}
-    if isinstance(tensor, QuantTensor) and tensor.codec in codec_ids():
-        parts |= codec(tensor.codec).for_shader(parts)
-    return {name: np.ascontiguousarray(part).reshape(-1).view(np.uint8) for name, part in parts.items()}
