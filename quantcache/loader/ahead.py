@@ -12,10 +12,11 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantcache.cache.blobs import Reader, StoredEntry
 from quantcache.cache.container import Slot
@@ -23,7 +24,8 @@ from quantcache.cache.key import combine
 from quantcache.errors import SourceError
 from quantcache.loader.mapping import MappedFile
 from quantcache.memory import is_cached, populate, will_need
-from quantcache.quant.digest import digests
+from quantcache.quant.digest import NBYTES, add_digest, digests
+from quantcache.quant.native import Calls, address
 from quantcache.trace import Profile, span, working_for
 
 __all__ = ["Check", "Pool", "Stored", "read_ahead"]
@@ -198,6 +200,19 @@ class Check:
             first = start // self.chunk
             found = digests(data, self.chunk)
             self._found[first : first + len(found)] = found
+
+    def add_to(self, calls: Calls, start: int, data: NDArray[np.uint8]) -> Callable[[], None]:
+        """Do the same by a call among others; return what is to be called after them."""
+        out = np.empty(NBYTES * -(-data.size // self.chunk), np.uint8)
+        calls.name = self._key
+        if not add_digest(calls, address(data), data.size, address(out), piece=self.chunk, phase="verify"):
+            return partial(self.feed, start, data.data)
+
+        def take() -> None:
+            first, whole = start // self.chunk, out.tobytes()
+            self._found[first : first + len(whole) // NBYTES] = [whole[at : at + NBYTES] for at in range(0, len(whole), NBYTES)]
+
+        return take
 
     def passed(self) -> bool:
         """Return whether all chunks were fed and are what was stored."""

@@ -23,7 +23,13 @@ from quantcache.quant import native
 from quantcache.quant.native import Calls
 from quantcache.trace import span
 
-__all__ = ["MappedFile"]
+__all__ = ["MappedFile", "add_populate"]
+
+
+def add_populate(calls: Calls, address: int, nbytes: int) -> None:
+    """Have mapped pages faulted in by a call of the phase "read", which fails if they cannot be read. Not at the reference level."""
+    start = address // PAGE * PAGE
+    calls.add(native.system("populate"), start, address + nbytes - start, phase="read", nbytes=nbytes)
 
 
 class MappedFile:
@@ -91,9 +97,8 @@ class MappedFile:
 
     def add_populate(self, calls: Calls, offset: int, nbytes: int) -> None:
         """Have pages faulted in by a call of the phase "read"; `unreadable` says what it means if it fails."""
-        start = (self.address + offset) // PAGE * PAGE
         calls.places[len(calls)] = offset
-        calls.add(native.system("populate"), start, self.address + offset + nbytes - start, phase="read", nbytes=nbytes)
+        add_populate(calls, self.address + offset, nbytes)
 
     def unreadable(self, calls: Calls, failed: int) -> SourceError:
         """Return the error of a call that should have faulted pages in."""

@@ -69,6 +69,8 @@ class GpuTensor:
 
     def __post_init__(self) -> None:
         """Put the places where the buffers' owner can let go of them."""
+        if isinstance(self._pieces, list):  # a changed copy of another tensor
+            return
         nbytes = sum(size for found in self._pieces.values() for _, _, size in found)
         object.__setattr__(self, "_pieces", [self._pieces, nbytes])
         self.home.places.append(self._pieces)

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,10 @@ from quantcache.loader.gpu.device import Device
 from quantcache.loader.gpu.groups import Arriving, Group, bundled, kind
 from quantcache.loader.gpu.steps import Parts, runs
 from quantcache.loader.gpu.tensors import GpuTensor, Home, Span, padded_nbytes, place
+from quantcache.loader.mapping import add_populate
 from quantcache.memory import populate
+from quantcache.quant import native
+from quantcache.quant.native import Calls
 from quantcache.tensor import PartSize
 from quantcache.trace import working_for
 
@@ -245,6 +248,7 @@ class GpuModel(Mapping[str, GpuTensor]):
             yield arriving
         except BaseException as error:
             self._stop(arriving)
+            arriving.clear()
             with self._changed:
                 group.home, group.tensors, group.reserved = None, {}, 0
             if self._closed and isinstance(error, Exception):
@@ -337,13 +341,13 @@ class GpuModel(Mapping[str, GpuTensor]):
                 if beside is not None and self._asked is not None and beside.number < self._asked.number < group.number:
                     beside = self._asked  # nobody works with the other one any more
                 if beside is not None and beside.reserved + size > self._budget:
-                    group.apart = True
+                    group.apart = beside.number == group.number - 1  # it may fit beside the one between
                     return False
                 taken = sum(other.reserved for other in self._groups)
                 for oldest in list(self._resident.values()):
                     if taken + size <= self._budget:
                         break
-                    if oldest is self._asked or (beside is not None and beside.number <= oldest.number <= group.number):  # somebody works with it, or will
+                    if beside is not None and (oldest is self._asked or beside.number <= oldest.number <= group.number):  # somebody works with it, or will
                         continue
                     del self._resident[oldest.number]
                     taken -= oldest.reserved
@@ -369,7 +373,7 @@ class GpuModel(Mapping[str, GpuTensor]):
             held = made + nbytes + sum(other.reserved for other in self._groups if other is not group)
             while self._spare and held + sum(spare.size for spare in self._spare) > self._budget:
                 self._spare.popleft()
-        return self.device.buffer(nbytes, f"layer {group.number} of {self._model.path.name}")
+        return self.device.buffer(nbytes, f"a layer of {self._model.path.name}")
 
     def _prefetch(self, groups: list[Group]) -> None:
         """Have the model bring, and check, what has to come from disk."""
@@ -417,18 +421,25 @@ class GpuModel(Mapping[str, GpuTensor]):
             return arriving.checks[number]
 
     def _check(self, arriving: Arriving, unit: list[Span]) -> dict[str, Parts]:
-        """Fault a few megabytes of a group in, digest them, and return the tensors that they are of."""
+        """Fault a few megabytes of a group in, digest them, in one foreign call, and return the tensors that they are of."""
         if self._closed:
             raise DeviceError("the model was closed while it was uploaded")
         with working_for(self._model.profile):
             names = list(dict.fromkeys(span.name for span in unit))
             found = {name: arriving.parts_of(self._model, name) for name in names}
-            if any(populate(data.__array_interface__["data"][0], data.size) for _, _, data in runs(unit, found, gather=False)):
-                found = {name: arriving.parts_of(self._model, name, again=True) for name in names}
+            calls, taking, readable = Calls(), list[Callable[[], None]](), True
+            for _, _, data in runs(unit, found, gather=False):
+                if native.level() == "reference":
+                    readable = readable and not populate(native.address(data), data.size)
+                else:
+                    add_populate(calls, native.address(data), data.size)
             for span in unit:
-                check = found[span.name].checks.get(span.part)
-                if check is not None:
-                    check.feed(span.start, found[span.name].arrays[span.part][span.start : span.start + span.nbytes].data)
+                if (check := found[span.name].checks.get(span.part)) is not None:
+                    taking.append(check.add_to(calls, span.start, found[span.name].arrays[span.part][span.start : span.start + span.nbytes]))
+            if not readable or calls.run() < len(calls):
+                return {name: arriving.parts_of(self._model, name, again=True) for name in names}
+            for take in taking:
+                take()
             return found
 
     def _step(self, arriving: Arriving, number: int) -> None:
@@ -447,8 +458,12 @@ class GpuModel(Mapping[str, GpuTensor]):
     def _arrive(self, arriving: Arriving) -> dict[str, GpuTensor]:
         """Wait until a group is written, and hand it out."""
         group, home = arriving.group, arriving.home
-        for step in arriving.steps:
-            step.result()
+        step = None
+        try:
+            for step in arriving.steps:
+                step.result()
+        finally:
+            del step  # else its error holds this, and this its error, with all buffers
         tensors = {}
         for name in group.names:
             parts = arriving.parts_of(self._model, name)  # of an empty one nothing was written
@@ -488,6 +503,7 @@ class GpuModel(Mapping[str, GpuTensor]):
             for check in one.checks:  # no step begins another one
                 _wait(check)
             one.home.close()
+            one.let_go()
             for buffer in one.mapped:
                 with contextlib.suppress(DeviceError):
                     self.device.unmap(buffer)
@@ -519,5 +535,5 @@ class GpuModel(Mapping[str, GpuTensor]):
 
 def _wait(future: Future[Any]) -> None:
     """Wait until a future has ended, however; concurrent.futures.wait() waits for ever for what a pool that is shut down dropped."""
-    with contextlib.suppress(Exception, CancelledError):
-        future.result()
+    with contextlib.suppress(CancelledError):
+        future.exception()

@@ -41,21 +41,24 @@ def digests(data: Any, piece: int) -> list[bytes]:
     return [whole[start : start + NBYTES] for start in range(0, len(whole), NBYTES)]
 
 
-def add_digest(calls: Calls, address: int, nbytes: int, out: int) -> bool:
-    """Have the digest of bytes taken.
+def add_digest(calls: Calls, address: int, nbytes: int, out: int, *, piece: int = 0, phase: str = "digest") -> bool:
+    """Have the digest of bytes taken, or of consecutive pieces of them.
 
     Args:
         calls: what it is added to.
         address: of the bytes.
         nbytes: how many.
-        out: address of 16 bytes; written.
+        out: address of 16 bytes a piece; written.
+        piece: bytes of a piece, the last may be shorter; 0 if all are one.
+        phase: see quantcache.trace.span.
 
     Returns:
         Whether it was added: xxhash is for what is short, and for the reference level.
     """
-    if nbytes <= _SHORT or native.level() == "reference":
+    piece = piece or nbytes
+    if not nbytes or piece <= _SHORT or (nbytes - 1) % piece < _SHORT or native.level() == "reference":
         return False
-    calls.add(native.kernel("digest_pieces"), address, nbytes, nbytes, out, phase="digest", nbytes=nbytes)
+    calls.add(native.kernel("digest_pieces"), address, nbytes, piece, out, phase=phase, nbytes=nbytes)
     return True
 
 
