@@ -36,7 +36,7 @@ __all__ = ["GpuQuantizer"]
 _STEP = 40 << 20
 _LANES = 3
 #: Threads that feed them: while some wait for a step, others read, digest and write.
-_THREADS = 6
+_THREADS = 8
 #: Bytes behind a step that a shader may read, and does not use.
 _SLACK = 256
 #: Smaller tensors take a CPU less time than the way there and back.
