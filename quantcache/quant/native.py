@@ -122,6 +122,11 @@ class Pinned(int):
         return self
 
 
+def compiled() -> bool:
+    """Return whether calls can be made, for what can be done without any: False where kernels are missing, and at the reference level."""
+    return available()[-1] != "reference" and level() != "reference"
+
+
 class Kernel:
     """Call one function of the library with arrays and integers.
 
@@ -244,7 +249,7 @@ def copy(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], phase: st
         pairs: contiguous arrays of one length each: where to, and what.
         phase: see quantcache.trace.span.
     """
-    calls = Calls() if available()[-1] != "reference" and level() != "reference" else None  # bytes are copied without kernels, too
+    calls = Calls() if compiled() else None
     for target, data in pairs:
         if target.size != data.size:
             raise ValueError(f"{data.size} bytes do not fit {target.size}")

@@ -428,11 +428,12 @@ class GpuModel(Mapping[str, GpuTensor]):
             names = list(dict.fromkeys(span.name for span in unit))
             found = {name: arriving.parts_of(self._model, name) for name in names}
             calls, taking, readable = Calls(), list[Callable[[], None]](), True
+            compiled = native.compiled()
             for _, _, data in runs(unit, found, gather=False):
-                if native.level() == "reference":
-                    readable = readable and not populate(native.address(data), data.size)
-                else:
+                if compiled:
                     add_populate(calls, native.address(data), data.size)
+                else:
+                    readable = readable and not populate(native.address(data), data.size)
             for span in unit:
                 if (check := found[span.name].checks.get(span.part)) is not None:
                     taking.append(check.add_to(calls, span.start, found[span.name].arrays[span.part][span.start : span.start + span.nbytes]))
