@@ -24,7 +24,7 @@ from quantcache.cache.key import combine
 from quantcache.errors import SourceError
 from quantcache.loader.mapping import MappedFile
 from quantcache.memory import is_cached, populate, will_need
-from quantcache.quant.digest import NBYTES, add_digest, digests
+from quantcache.quant.digest import NBYTES, add_digest, digests, each
 from quantcache.quant.native import Calls, address
 from quantcache.trace import Profile, span, working_for
 
@@ -197,9 +197,7 @@ class Check:
             data: whole chunks, but for the last of the tensor.
         """
         with span("verify", len(data), self._key):
-            first = start // self.chunk
-            found = digests(data, self.chunk)
-            self._found[first : first + len(found)] = found
+            self._take(start, digests(data, self.chunk))
 
     def add_to(self, calls: Calls, start: int, data: NDArray[np.uint8]) -> Callable[[], None]:
         """Do the same by a call among others; return what is to be called after them."""
@@ -207,12 +205,11 @@ class Check:
         calls.name = self._key
         if not add_digest(calls, address(data), data.size, address(out), piece=self.chunk, phase="verify"):
             return partial(self.feed, start, data.data)
+        return lambda: self._take(start, each(out))
 
-        def take() -> None:
-            first, whole = start // self.chunk, out.tobytes()
-            self._found[first : first + len(whole) // NBYTES] = [whole[at : at + NBYTES] for at in range(0, len(whole), NBYTES)]
-
-        return take
+    def _take(self, start: int, found: list[bytes]) -> None:
+        first = start // self.chunk
+        self._found[first : first + len(found)] = found
 
     def passed(self) -> bool:
         """Return whether all chunks were fed and are what was stored."""

@@ -199,7 +199,7 @@ class Model(Mapping[str, Tensor]):
             device: a wgpu.GPUDevice, a qc.gpu.Device, or None: the fastest there is.
             lazy: a layer comes when it is first used, and the next one meanwhile; else all before this returns.
             budget: with `lazy`, bytes on the device: the least recently used layers leave.
-            reuse: with a budget, layers are written over those that left: twice as fast. Submit what uses a layer before you ask for
+            reuse: with a budget, layers are written over those that left: 1.5 times as fast. Submit what uses a layer before you ask for
                 another; tensors of a layer that left raise DeviceError, what was bound of it is another layer's.
             order: "layers", or "size": the largest tensors first.
             threads: 0 chooses.

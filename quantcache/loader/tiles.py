@@ -21,7 +21,7 @@ from quantcache.loader.plan import Job
 from quantcache.loader.source import Source
 from quantcache.quant import native
 from quantcache.quant.codec import Arena, Scratch, Status
-from quantcache.quant.digest import NBYTES, add_digest
+from quantcache.quant.digest import NBYTES, add_digest, each
 from quantcache.quant.native import Calls
 from quantcache.tensor import ITEMSIZE
 from quantcache.trace import span
@@ -212,9 +212,8 @@ class _Encoding:
     def done(self) -> None:
         """Take what all calls have made."""
         if self._digests is not None:
-            found = self._digests.tobytes()
-            for number, piece in enumerate(self._tile.pieces):
-                piece.digest = found[NBYTES * number : NBYTES * (number + 1)]
+            for piece, found in zip(self._tile.pieces, each(self._digests), strict=True):
+                piece.digest = found
             for piece in self._short:
                 piece.digest = digest(piece.buffer)
         if self._arrays is not None and self._tile.job.encoder is not None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from quantcache.errors import KernelError, UsageError
 from quantcache.trace import span, spent
 
-__all__ = ["ELEMENT", "LEVELS", "Calls", "Kernel", "Pinned", "address", "available", "kernel", "level", "system"]
+__all__ = ["ELEMENT", "LEVELS", "Calls", "Kernel", "Pinned", "address", "available", "compiled", "copy", "kernel", "level", "system"]
 
 #: In the order of the bits that qc_cpu_levels() returns.
 LEVELS = ("scalar", "avx2", "avx512", "neon")

@@ -23,13 +23,23 @@ __all__ = ["GpuTensor", "Home", "Span", "padded_nbytes", "place", "row_chunks"]
 _SHARED = 64 << 20
 
 
+class _Place:
+    """Hold where a tensor's parts stand, until its home is closed: who holds the tensor then holds no memory by it."""
+
+    __slots__ = ("nbytes", "pieces")
+
+    def __init__(self, pieces: Mapping[str, tuple[Binding, ...]]) -> None:
+        self.pieces: Mapping[str, tuple[Binding, ...]] | None = pieces
+        self.nbytes = sum(size for found in pieces.values() for _, _, size in found)
+
+
 class Home:
     """Hold the buffers of a group of tensors, and whether they may still be used."""
 
     def __init__(self) -> None:
         self.buffers: list[Any] = []
         self.own: list[Any] = []  # those that nobody else made
-        self.places: list[list[Any]] = []  # of each tensor, which somebody may still hold
+        self.places: list[_Place] = []  # of each tensor, which somebody may still hold
         self.nbytes = 0
         self.closed = False
 
@@ -45,7 +55,7 @@ class Home:
         self.closed = True
         self.buffers, self.own = [], []
         for place in self.places:
-            place[0] = None
+            place.pieces = None
 
 
 @dataclass(frozen=True)
@@ -65,15 +75,13 @@ class GpuTensor:
     dtypes: Mapping[str, str]
     device: Device = field(repr=False)
     home: Home = field(repr=False)
-    _pieces: Any = field(repr=False, compare=False)
+    _place: Any = field(repr=False)
 
     def __post_init__(self) -> None:
-        """Put the places where the buffers' owner can let go of them."""
-        if isinstance(self._pieces, list):  # a changed copy of another tensor
-            return
-        nbytes = sum(size for found in self._pieces.values() for _, _, size in found)
-        object.__setattr__(self, "_pieces", [self._pieces, nbytes])
-        self.home.places.append(self._pieces)
+        """Put the place where the buffers' owner can let go of it."""
+        if not isinstance(self._place, _Place):  # else it is a changed copy of another tensor
+            object.__setattr__(self, "_place", _Place(self._place))
+            self.home.places.append(self._place)
 
     @property
     def pieces(self) -> Mapping[str, tuple[Binding, ...]]:
@@ -82,7 +90,7 @@ class GpuTensor:
         Raises:
             DeviceError: the model was closed, or the layer left, and is written over.
         """
-        found: Mapping[str, tuple[Binding, ...]] | None = self._pieces[0]
+        found: Mapping[str, tuple[Binding, ...]] | None = self._place.pieces
         if found is None or self.home.closed:
             raise DeviceError("this tensor's model was closed, or its layer left")
         return found
@@ -105,7 +113,7 @@ class GpuTensor:
     @property
     def nbytes(self) -> int:
         """Stored bytes."""
-        found: int = self._pieces[1]
+        found: int = self._place.nbytes
         return found
 
     @property

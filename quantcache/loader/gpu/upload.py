@@ -189,9 +189,10 @@ class GpuModel(Mapping[str, GpuTensor]):
 
     def _have(self, group: Group) -> dict[str, GpuTensor]:
         """Return a group's tensors, bringing them if need be."""
-        told = False
         with self._changed:
             self._asked = group
+            if group.loading and self._goes_on and not self._closed:  # what does not fit now will not until somebody asks for another
+                self._ask_next(group)
             while True:
                 if self._closed:
                     raise DeviceError("this model was closed")
@@ -203,9 +204,6 @@ class GpuModel(Mapping[str, GpuTensor]):
                 if not group.loading:
                     group.loading = True
                     break
-                if self._goes_on and not told:  # once: what does not fit now will not until somebody asks for another
-                    self._ask_next(group)
-                    told = True
                 self._changed.wait(0.5)
         found = self._bring(group)
         with self._changed:
@@ -388,13 +386,13 @@ class GpuModel(Mapping[str, GpuTensor]):
         kept = {name: found.parts for name in group.names if (found := model.kept(name)) is not None and found.device.raw is device.raw}
         described = {name: (model.rows(name), [part for part in parts[name] if part.name not in kept.get(name, ())]) for name in group.names}
         mapped: list[Any] = []
-        made: list[int] = []
+        made: list[Any] = []
 
         def new(nbytes: int) -> Any:
             what = f"layer {group.number} of {model.path.name}"
             if self._reuse:
-                made.append(nbytes)
-                return self._buffer(group, nbytes, sum(made[:-1]))
+                made.append(self._buffer(group, nbytes, sum(buffer.size for buffer in made)))
+                return made[-1]
             if not device.unified:
                 return device.buffer(nbytes, what)
             mapped.append(device.mapped_buffer(nbytes, what))

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from quantcache.quant import native
 from quantcache.quant.native import Calls
 
-__all__ = ["NBYTES", "Stream", "add_digest", "digests"]
+__all__ = ["NBYTES", "Stream", "add_digest", "digests", "each"]
 
 #: of one digest
 NBYTES = 16
@@ -32,13 +33,22 @@ def digests(data: Any, piece: int) -> list[bytes]:
     Returns:
         16 bytes a piece.
     """
-    count, rest = -(-len(data) // piece), len(data) % piece
-    if piece <= _SHORT or 0 < rest <= _SHORT or native.level() == "reference":
+    if _for_xxhash(len(data), piece):
         return [xxhash.xxh3_128_digest(data[start : start + piece]) for start in range(0, len(data), piece)]
-    found = np.empty(NBYTES * count, np.uint8)
+    found = np.empty(NBYTES * -(-len(data) // piece), np.uint8)
     native.kernel("digest_pieces")(np.frombuffer(data, np.uint8), len(data), piece, found)
+    return each(found)
+
+
+def each(found: NDArray[np.uint8]) -> list[bytes]:
+    """Return the digests that stand one after the other in an array."""
     whole = found.tobytes()
     return [whole[start : start + NBYTES] for start in range(0, len(whole), NBYTES)]
+
+
+def _for_xxhash(nbytes: int, piece: int) -> bool:
+    """Return whether the kernel does not digest pieces of so many bytes: one of them is short, or none is there."""
+    return not nbytes or piece <= _SHORT or (nbytes - 1) % piece < _SHORT or native.level() == "reference"
 
 
 def add_digest(calls: Calls, address: int, nbytes: int, out: int, *, piece: int = 0, phase: str = "digest") -> bool:
@@ -56,7 +66,7 @@ def add_digest(calls: Calls, address: int, nbytes: int, out: int, *, piece: int 
         Whether it was added: xxhash is for what is short, and for the reference level.
     """
     piece = piece or nbytes
-    if not nbytes or piece <= _SHORT or (nbytes - 1) % piece < _SHORT or native.level() == "reference":
+    if _for_xxhash(nbytes, piece):
         return False
     calls.add(native.kernel("digest_pieces"), address, nbytes, piece, out, phase=phase, nbytes=nbytes)
     return True
