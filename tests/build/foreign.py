@@ -207,8 +207,8 @@ def check_merging(runner: Runner, level: str) -> int:
 
 
 def check_digests(runner: Runner, level: str) -> int:
-    """Compare digests with the xxhash package: around its stripes and blocks, one piece and several."""
-    sizes = [(241, 241), (1024, 1024), (1025, 2000), (1089, 1089), (9000, 4096), (70_000, 1024)]
+    """Compare digests with the xxhash package: by its rules for the short, around its stripes and blocks, one piece and several."""
+    sizes = [*((n, n) for n in (1, 3, 4, 8, 9, 16, 17, 33, 128, 129, 159, 160, 240)), (500, 16), (241, 241), (1024, 1024), (1025, 2000), (1089, 1089), (9000, 4096), (70_000, 1024)]
     for length, step in sizes:
         data = np.random.default_rng(SEED).integers(0, 256, length, dtype=np.uint8)
         wanted = b"".join(xxhash.xxh3_128_digest(data[start : start + step].data) for start in range(0, length, step))
@@ -222,7 +222,13 @@ def check_digests(runner: Runner, level: str) -> int:
         status, (got,) = runner.call(f"qc_digest_of_stream__{level}", stream, ("out", "u1", 16))
         if status != Status.OK or got.tobytes() != xxhash.xxh3_128_digest(data.data):
             raise SystemExit(f"{level}: the digest of a stream of {length} bytes differs (QUANTCACHE_TEST_SEED={SEED})")
-    return 2 * len(sizes)
+        for bit in (0, 1):
+            table = np.frombuffer(np.array([0, length, step], "<u8").tobytes() + xxhash.xxh3_128_digest(wanted), "<u8").copy()
+            table[4] ^= np.uint64(bit << 63)
+            status, _ = runner.call(f"qc_digest_differs__{level}", data, table, np.zeros(1, np.uint64), 1)
+            if status != 1 - bit:
+                raise SystemExit(f"{level}: {length} bytes by {step} are not compared rightly (QUANTCACHE_TEST_SEED={SEED})")
+    return 4 * len(sizes)
 
 
 def run(command: Sequence[str | Path]) -> None:

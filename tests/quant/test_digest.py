@@ -11,11 +11,11 @@ import pytest
 import xxhash
 
 from quantcache.quant import native
-from quantcache.quant.digest import Stream, digests
+from quantcache.quant.digest import Expected, Stream, digests
 
 COMPILED = [level for level in native.available() if level != "reference"] or ["scalar"]
-#: around the shortest that the kernel takes, stripes of 64 bytes, blocks of 1,024
-LENGTHS = [241, 255, 256, 257, 320, 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 4096, 65536, 100_003]
+#: all that are short, and have rules of their own; around stripes of 64 bytes, blocks of 1,024
+LENGTHS = [*range(1, 242), 255, 256, 257, 320, 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 4096, 65536, 100_003]
 
 
 @pytest.mark.parametrize("level", COMPILED)
@@ -41,16 +41,39 @@ def test_pieces(kernel_level: Callable[[str], None], level: str, piece: int, len
     assert digests(data, piece) == [xxhash.xxh3_128_digest(data[start : start + piece]) for start in range(0, len(data), piece)]
 
 
-def test_short_pieces_are_refused() -> None:
-    """The kernel does not touch what has other rules."""
-    data, found = np.zeros(1000, np.uint8), np.empty(64, np.uint8)
-    for piece in (240, 990):
-        assert native.kernel("digest_pieces", COMPILED[-1])(data, data.size, piece, found) == 8
+def test_pieces_of_nothing_are_refused() -> None:
+    """A piece of no bytes would never come to an end."""
+    assert native.kernel("digest_pieces", COMPILED[-1])(np.zeros(1000, np.uint8), 1000, 0, np.empty(64, np.uint8)) == 8
+
+
+@pytest.mark.parametrize("level", COMPILED)
+def test_stored(kernel_level: Callable[[str], None], level: str) -> None:
+    """Tensors of any length, in any pieces, are compared as xxhash would; of several the first that differs is named."""
+    kernel_level(level)
+    rng = random.Random()
+    sizes = [0, 1, 15, 16, 64, 240, 241, 4096, *(rng.randrange(100_000) for _ in range(30))]
+    pieces = [rng.choice([1 << 20, 4096, 241, max(1, size // 16), max(1, size // 3)]) for size in sizes]
+    raw, places, wanted, place = np.frombuffer(os.urandom(sum(sizes) + 8), np.uint8).copy(), [], b"", 8
+    for size, piece in zip(sizes, pieces, strict=True):
+        data = raw[place : place + size].tobytes()
+        wanted += xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_digest(data[at : at + piece]) for at in range(0, size, piece)))
+        places.append(place)
+        place += size
+    stored, base = Expected(places, sizes, pieces, wanted), native.address(raw)
+    which = rng.sample(range(len(sizes)), len(sizes))
+    assert stored.differs(base, which) == len(which)
+    assert stored.differs(base, []) == 0
+    for position in (position for position, number in enumerate(which) if sizes[number]):
+        at, bit = places[which[position]] + rng.randrange(sizes[which[position]]), 1 << rng.randrange(8)
+        raw[at] ^= bit
+        assert stored.differs(base, which) == position
+        assert stored.differs(base, which[:position]) == position
+        raw[at] ^= bit
 
 
 @pytest.mark.parametrize("level", COMPILED)
 def test_stream(kernel_level: Callable[[str], None], level: str) -> None:
-    """Bytes that come in pieces of any length have the digest of the whole, also the few that have other rules."""
+    """Bytes that come in pieces of any length have the digest of the whole."""
     kernel_level(level)
     rng = random.Random()
     for length in [*LENGTHS, 0, 1, 240, *(rng.randrange(200_000) for _ in range(20))]:

@@ -1,4 +1,4 @@
-"""XXH3-128 without Python between pieces: of a run of pieces in one call, and of what threads bring in turn.
+"""XXH3-128 without Python between pieces: of a run of pieces in one call, of what threads bring in turn, and compared with what was stored.
 
 The xxhash package takes one piece at a time, and threads that check a few hundred kilobytes a call spend their time waiting
 for each other's GIL: docs/decisions/0010-hits.md. What is computed is xxhash's; the tests compare the two.
@@ -6,6 +6,8 @@ for each other's GIL: docs/decisions/0010-hits.md. What is computed is xxhash's;
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from quantcache.quant import native
-from quantcache.quant.native import Calls
+from quantcache.quant.native import Calls, Pinned
 
-__all__ = ["NBYTES", "Stream", "add_digest", "digests", "each"]
+__all__ = ["NBYTES", "Expected", "Stream", "add_digest", "digests", "each"]
 
 #: of one digest
 NBYTES = 16
-#: Shorter input has other rules, which xxhash knows.
-_SHORT = 240
 
 
 def digests(data: Any, piece: int) -> list[bytes]:
@@ -33,7 +33,7 @@ def digests(data: Any, piece: int) -> list[bytes]:
     Returns:
         16 bytes a piece.
     """
-    if _for_xxhash(len(data), piece):
+    if native.level() == "reference" or not len(data):
         return [xxhash.xxh3_128_digest(data[start : start + piece]) for start in range(0, len(data), piece)]
     found = np.empty(NBYTES * -(-len(data) // piece), np.uint8)
     native.kernel("digest_pieces")(np.frombuffer(data, np.uint8), len(data), piece, found)
@@ -44,11 +44,6 @@ def each(found: NDArray[np.uint8]) -> list[bytes]:
     """Return the digests that stand one after the other in an array."""
     whole = found.tobytes()
     return [whole[start : start + NBYTES] for start in range(0, len(whole), NBYTES)]
-
-
-def _for_xxhash(nbytes: int, piece: int) -> bool:
-    """Return whether the kernel does not digest pieces of so many bytes: one of them is short, or none is there."""
-    return not nbytes or piece <= _SHORT or (nbytes - 1) % piece < _SHORT or native.level() == "reference"
 
 
 def add_digest(calls: Calls, address: int, nbytes: int, out: int, *, piece: int = 0, phase: str = "digest") -> bool:
@@ -63,10 +58,10 @@ def add_digest(calls: Calls, address: int, nbytes: int, out: int, *, piece: int 
         phase: see quantcache.trace.span.
 
     Returns:
-        Whether it was added: xxhash is for what is short, and for the reference level.
+        Whether it was added: there are no calls at the reference level, nor for nothing.
     """
     piece = piece or nbytes
-    if _for_xxhash(nbytes, piece):
+    if native.level() == "reference" or not nbytes:
         return False
     calls.add(native.kernel("digest_pieces"), address, nbytes, piece, out, phase=phase, nbytes=nbytes)
     return True
@@ -80,7 +75,7 @@ class Stream:
     """
 
     #: as kernel.c has it: place, stopped, count, eight sums, a stripe and a block of bytes
-    WORDS, _LAST = 3 + 8 + (64 + 1024) // 8, 8 * (3 + 8) + 64
+    WORDS = 3 + 8 + (64 + 1024) // 8
 
     def __init__(self, start: int) -> None:
         self._words = np.zeros(self.WORDS, np.uint64)
@@ -110,9 +105,33 @@ class Stream:
 
     def digest(self) -> bytes:
         """Return the digest of all that was added: 16 bytes."""
-        count = int(self._words[2])
-        if count <= _SHORT:
-            return xxhash.xxh3_128_digest(self._words.view(np.uint8)[self._LAST : self._LAST + count].tobytes())
         out = np.empty(NBYTES, np.uint8)
         native.kernel("digest_of_stream")(self._words, out)
         return out.tobytes()
+
+
+class Expected:
+    """Compare stored tensors with their digests, several in one call.
+
+    Args:
+        places, sizes: first bytes, and bytes.
+        pieces: bytes of a piece; of its digests a tensor's digest is the digest.
+        wanted: 16 bytes a tensor.
+    """
+
+    def __init__(self, places: Sequence[int], sizes: Sequence[int], pieces: Sequence[int], wanted: bytes) -> None:
+        self._table = np.empty((len(places), 5), np.uint64)  # as kernel.c has it
+        for column, values in enumerate((places, sizes, pieces)):
+            self._table[:, column] = values
+        self._table[:, 3:] = np.frombuffer(wanted, np.uint64).reshape(-1, 2)
+        self._address = Pinned(self._table)
+
+    def differs(self, base: int, which: Sequence[int]) -> int:
+        """Return the first place in `which` of a tensor that has not its digest, or how many there are if all have.
+
+        Args:
+            base: address that places count from.
+            which: numbers of tensors.
+        """
+        numbers = array("Q", which)
+        return native.kernel("digest_differs")(base, self._address, numbers.buffer_info()[0], len(numbers))

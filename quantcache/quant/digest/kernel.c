@@ -1,5 +1,5 @@
-/* XXH3-128, seed 0, the default secret: what xxhash computes, for whole runs of pieces in one call, and of what several threads
- * bring in pieces, in turn.
+/* XXH3-128, seed 0, the default secret: what xxhash computes, for whole runs of pieces in one call, of what several threads
+ * bring in pieces, in turn, and compared with what it should be.
  *
  * Source: the specification of XXH3 in xxHash's doc/xxhash_spec.md; checked against the xxhash package. */
 #if !defined(_GNU_SOURCE)
@@ -12,6 +12,7 @@
 #endif
 
 #define LANES 8
+#define SHORT 240 /* up to here there are other rules */
 #define AHEAD 1024 /* bytes that are asked of memory before they are needed */
 #define STRIPE 64
 #define SECRET 192
@@ -111,19 +112,32 @@ static void blocks_of(uint64_t *sums, const uint8_t *data, uint64_t blocks) {
     }
 }
 
-QC_INLINE uint64_t folded(uint64_t a, uint64_t b) {
+typedef struct {
+    uint64_t low, high;
+} pair_t;
+
+QC_INLINE pair_t product(uint64_t a, uint64_t b) {
     const uint64_t al = a & 0xffffffffu, ah = a >> 32, bl = b & 0xffffffffu, bh = b >> 32;
     const uint64_t ll = al * bl, hl = ah * bl, lh = al * bh, hh = ah * bh;
     const uint64_t cross = (ll >> 32) + (hl & 0xffffffffu) + lh;
-    return ((cross << 32) | (ll & 0xffffffffu)) ^ ((hl >> 32) + (cross >> 32) + hh);
+    return (pair_t){(cross << 32) | (ll & 0xffffffffu), (hl >> 32) + (cross >> 32) + hh};
+}
+
+QC_INLINE uint64_t folded(uint64_t a, uint64_t b) {
+    const pair_t p = product(a, b);
+    return p.low ^ p.high;
+}
+
+QC_INLINE uint64_t stirred(uint64_t h) {
+    h ^= h >> 37;
+    h *= 0x165667919E3779F9u;
+    return h ^ h >> 32;
 }
 
 static uint64_t merged(const uint64_t *acc, const uint8_t *secret, uint64_t start) {
     uint64_t h = start;
     for (int i = 0; i < LANES; i += 2) h += folded(acc[i] ^ read64(secret + 8 * i), acc[i + 1] ^ read64(secret + 8 * i + 8));
-    h ^= h >> 37;
-    h *= 0x165667919E3779F9u;
-    return h ^ h >> 32;
+    return stirred(h);
 }
 
 static void put64(uint8_t *out, uint64_t v) {
@@ -147,8 +161,78 @@ static void finish(uint64_t *sums, const uint8_t *last, uint64_t rest, uint64_t 
     put64(out + 8, merged(sums, secret + 11, n * P64_1));
 }
 
-/* n > 240 */
+QC_INLINE uint32_t read32(const uint8_t *p) {
+    uint32_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+QC_INLINE uint32_t swapped32(uint32_t v) { return v << 24 | (v & 0xff00u) << 8 | (v >> 8 & 0xff00u) | v >> 24; }
+QC_INLINE uint64_t swapped64(uint64_t v) { return (uint64_t)swapped32((uint32_t)v) << 32 | swapped32((uint32_t)(v >> 32)); }
+
+/* what XXH64 ends with */
+QC_INLINE uint64_t stirred64(uint64_t h) {
+    h = (h ^ h >> 33) * P64_2;
+    h = (h ^ h >> 29) * P64_3;
+    return h ^ h >> 32;
+}
+
+static pair_t up_to_16(const uint8_t *data, uint64_t n) {
+    const uint64_t *const s = SECRET_WORDS;
+    if (n > 8) {
+        const uint64_t flipped = read64(data + n - 8) ^ s[6] ^ s[7];
+        pair_t p = product(read64(data) ^ read64(data + n - 8) ^ s[4] ^ s[5], P64_1);
+        p.low += (n - 1) << 54;
+        p.high += flipped + (flipped & 0xffffffffu) * (P32_2 - 1);
+        p.low ^= swapped64(p.high);
+        const pair_t q = product(p.low, P64_2);
+        return (pair_t){stirred(q.low), stirred(q.high + p.high * P64_2)};
+    }
+    if (n > 3) {
+        pair_t p = product((read32(data) | (uint64_t)read32(data + n - 4) << 32) ^ s[2] ^ s[3], P64_1 + (n << 2));
+        p.high += p.low << 1;
+        p.low ^= p.high >> 3;
+        p.low = (p.low ^ p.low >> 35) * 0x9FB21C651E98DF25u;
+        return (pair_t){p.low ^ p.low >> 28, stirred(p.high)};
+    }
+    if (n) {
+        const uint32_t low = (uint32_t)data[0] << 16 | (uint32_t)data[n >> 1] << 24 | data[n - 1] | (uint32_t)n << 8;
+        const uint32_t turned = swapped32(low), high = turned << 13 | turned >> 19;
+        return (pair_t){stirred64(low ^ ((s[0] ^ s[0] >> 32) & 0xffffffffu)), stirred64(high ^ ((s[1] ^ s[1] >> 32) & 0xffffffffu))};
+    }
+    return (pair_t){stirred64(s[8] ^ s[9]), stirred64(s[10] ^ s[11])};
+}
+
+/* Adds 16 bytes at a and as many at b to two sums. */
+QC_INLINE void mix(pair_t *sum, const uint8_t *a, const uint8_t *b, const uint8_t *secret) {
+    sum->low += folded(read64(a) ^ read64(secret), read64(a + 8) ^ read64(secret + 8));
+    sum->low ^= read64(b) + read64(b + 8);
+    sum->high += folded(read64(b) ^ read64(secret + 16), read64(b + 8) ^ read64(secret + 24));
+    sum->high ^= read64(a) + read64(a + 8);
+}
+
+static pair_t up_to_240(const uint8_t *data, uint64_t n) {
+    const uint8_t *secret = (const uint8_t *)SECRET_WORDS, *end = data + n;
+    pair_t sum = {n * P64_1, 0};
+    if (n <= 128) { /* from both ends inwards, the innermost first */
+        for (uint64_t i = (n - 1) / 32 + 1; i-- > 0;) mix(&sum, data + 16 * i, end - 16 * (i + 1), secret + 32 * i);
+    } else {
+        for (uint64_t i = 0; i < 4; i++) mix(&sum, data + 32 * i, data + 32 * i + 16, secret + 32 * i);
+        sum = (pair_t){stirred(sum.low), stirred(sum.high)};
+        for (uint64_t i = 4; i < n / 32; i++) mix(&sum, data + 32 * i, data + 32 * i + 16, secret + 3 + 32 * (i - 4));
+        mix(&sum, end - 16, end - 32, secret + 136 - 17 - 16);
+    }
+    const uint64_t high = sum.low * P64_1 + sum.high * P64_4 + n * P64_2;
+    return (pair_t){stirred(sum.low + sum.high), 0 - stirred(high)};
+}
+
 static void xxh3_128(const uint8_t *data, uint64_t n, uint8_t *out) {
+    if (n <= SHORT) {
+        const pair_t found = n <= 16 ? up_to_16(data, n) : up_to_240(data, n);
+        put64(out, found.high);
+        put64(out + 8, found.low);
+        return;
+    }
     uint64_t sums[LANES];
     const uint64_t blocks = (n - 1) / BLOCK;
     start(sums);
@@ -156,10 +240,10 @@ static void xxh3_128(const uint8_t *data, uint64_t n, uint8_t *out) {
     finish(sums, data + blocks * BLOCK, n - blocks * BLOCK, n, out);
 }
 
-/* Digests of the pieces of n bytes at data, each of `piece` bytes but for the last; all longer than 240 bytes.
+/* Digests of the pieces of n bytes at data, each of `piece` > 0 bytes but for the last.
  * out: 16 bytes a piece, as xxhash's canonical form. */
 QC_EXPORT(qc_digest_pieces)(const uint8_t *data, uint64_t n, uint64_t piece, uint8_t *out) {
-    if (piece <= 240 || (n % piece && n % piece <= 240)) return QC_BAD_CALL;
+    if (!piece) return QC_BAD_CALL;
     for (uint64_t start = 0; start < n; start += piece, out += 16) xxh3_128(data + start, n - start < piece ? n - start : piece, out);
     return QC_OK;
 }
@@ -241,9 +325,11 @@ QC_EXPORT(qc_digest_in_turn)(stream_t *s, const uint8_t *data, uint64_t n, uint6
     return QC_OK;
 }
 
-/* out: 16 bytes, the digest of what was added, which is more than 240 bytes. */
-QC_EXPORT(qc_digest_of_stream)(const stream_t *s, uint8_t *out) {
-    if (s->n <= 240) return QC_BAD_CALL;
+static void digest_of(const stream_t *s, uint8_t *out) {
+    if (s->n <= SHORT) {
+        xxh3_128(s->last, s->n, out);
+        return;
+    }
     const uint64_t held = (s->n - 1) % BLOCK + 1;
     uint64_t sums[LANES];
     uint8_t last[STRIPE + STRIPE * STRIPES];
@@ -251,5 +337,32 @@ QC_EXPORT(qc_digest_of_stream)(const stream_t *s, uint8_t *out) {
     memcpy(last, s->before, STRIPE);
     memcpy(last + STRIPE, s->last, held);
     finish(sums, last + STRIPE, held, s->n, out);
+}
+
+/* out: 16 bytes, the digest of what was added. */
+QC_EXPORT(qc_digest_of_stream)(const stream_t *s, uint8_t *out) {
+    digest_of(s, out);
     return QC_OK;
+}
+
+/* A stored tensor: its first byte, bytes, bytes of a piece (not 0), and the digest of the digests of its pieces. */
+typedef struct {
+    uint64_t place, n, piece;
+    uint8_t wanted[16];
+} stored_t;
+
+/* Compares tensors with their digests; which: numbers of them. Returns the first place in `which` of one that differs, or count. */
+QC_EXPORT(qc_digest_differs)(const uint8_t *base, const stored_t *stored, const uint64_t *which, uint64_t count) {
+    uint8_t found[16];
+    for (uint64_t i = 0; i < count; i++) {
+        const stored_t *t = stored + which[i];
+        stream_t whole = {0};
+        for (uint64_t start = 0; start < t->n; start += t->piece) {
+            xxh3_128(base + t->place + start, t->n - start < t->piece ? t->n - start : t->piece, found);
+            add(&whole, found, sizeof found);
+        }
+        digest_of(&whole, found);
+        if (memcmp(found, t->wanted, sizeof found) != 0) return (int)i;
+    }
+    return (int)count;
 }
