@@ -10,14 +10,13 @@ chrome://tracing open; "%p" in the name becomes the process number. Source: "Tra
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO
 
 from quantcache.errors import QuantcacheWarning
@@ -84,14 +83,23 @@ class _Here(threading.local):
 _here = _Here()
 
 
-@contextlib.contextmanager
-def working_for(profile: Profile | None) -> Iterator[None]:
-    """Give the spans of this thread to a load's profile for as long as the block lasts."""
-    before, _here.profile = _here.profile, profile
-    try:
-        yield
-    finally:
-        _here.profile = before
+class working_for:  # noqa: N801 - used like a function
+    """Give the spans of this thread to a load's profile for as long as a `with` block lasts.
+
+    Args:
+        profile: of the load; None gives them to nobody.
+    """
+
+    __slots__ = ("_before", "_profile")
+
+    def __init__(self, profile: Profile | None) -> None:
+        self._profile = profile
+
+    def __enter__(self) -> None:
+        self._before, _here.profile = _here.profile, self._profile
+
+    def __exit__(self, *_: object) -> None:
+        _here.profile = self._before
 
 
 class span:  # noqa: N801 - used like a function

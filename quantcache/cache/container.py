@@ -9,8 +9,13 @@
 The header's `__metadata__` (strings, as the format demands)::
 
     format             "pt": what transformers asks for
-    quantcache         JSON: container, document (the key document), digests {tensor: [chunk, hex]}, records, built
+    quantcache         JSON: container, document (the key document), slots, records, built
     quantcache.header  XXH3-128 of length and header, with these 32 digits as zeros
+
+`slots` says again what the rest of the header says of the tensors, and their digests, in columns in the order of the file: `keys`,
+`kind` (an index into `kinds`, each [dtype, shape, chunk]) and `digests`, 32 hex digits a tensor without anything between. A hit reads
+only that: with an object a tensor, JSON took most of its time (docs/decisions/0014-columns.md). Layout 1, which is still read, has
+`digests` {tensor: [chunk, hex]} instead.
 
 A tensor's digest is the XXH3-128 over the XXH3-128 of its pieces of `chunk` bytes: the pieces are the tiles that were
 quantized, so they are digested while they are hot, in any order, and checked on all cores. `records` and `built` belong
@@ -21,25 +26,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
-from quantcache.cache.key import CONTAINER_VERSION, canonical, combine, digest
+from quantcache.cache.key import Streamed, canonical, combine, digest
 from quantcache.errors import CorruptEntryError, StoreTooNewError
 
 __all__ = ["EntryHeader", "Slot", "arrange", "build_header", "parse_header", "reserve_header", "slot_digest"]
 
+#: How headers are laid out. An older quantcache says of a newer one that it is newer, and builds for itself.
+LAYOUT = 2
 ALIGNMENT = 4096
 MAX_HEADER = 256 << 20
 _ITEMSIZE = {"U8": 1, "I8": 1, "BOOL": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
              "U64": 8, "I64": 8, "F64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1,
              "F8_E5M2FNUZ": 1}  # fmt: skip
 _ZEROS = "0" * 32
-#: What stands before a header's digest.
-_STATED = b'"quantcache.header":"'
-#: A tensor's share of a header beside its name, shape and chunk: a digest, two offsets of 13 digits, and JSON around them.
+#: What stands before our JSON in a header, and between it and the header's digest: within it, a backslash is before each quote.
+_OPENS, _STATED = b'{"__metadata__":{"format":"pt","quantcache":"', b'","quantcache.header":"'
+#: A tensor's share of a header beside its name and shape: a digest, a kind, two offsets of 13 digits, and JSON around them.
 _ENTRY = 128
+#: The same of a kind.
+_KIND = 64
 
 
 @dataclass(slots=True)  # a frozen one takes four times as long to make, and a hit makes hundreds
@@ -99,24 +111,73 @@ def arrange(slots: Iterable[Slot]) -> tuple[dict[str, int], int]:
     return offsets, position
 
 
-@dataclass(frozen=True)
+class _Slots(Mapping[str, Slot]):
+    """Make the slots of a header when they are asked for: a model has thousands, of which a caller may want one."""
+
+    def __init__(self, header: EntryHeader) -> None:
+        self._header = header
+        self._made: dict[str, Slot] = {}
+
+    def __getitem__(self, key: str) -> Slot:
+        found = self._made.get(key)
+        if found is None:
+            header = self._header
+            found = self._made[key] = Slot(key, *header.kinds[header.kind[header.numbers[key]]])
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header.keys)
+
+    def __len__(self) -> int:
+        return len(self._header.keys)
+
+
+@dataclass(frozen=True, eq=False)
 class EntryHeader:
     """Hold a checked header.
 
     Args:
         document: the key document.
-        slots: key -> slot; offsets: key -> first byte in the file; digests: key -> hex.
         records, built: the caller's.
         nbytes: exact length of the file.
+        keys: of the tensors, in the order of the file.
+        kinds: dtype, shape and chunk of tensors.
+        kind: for each tensor, an index into `kinds`.
+        sizes: for each tensor, its bytes.
+        places: for each tensor, its first byte in the file.
+        wanted: for each tensor, 16 bytes of digest.
     """
 
     document: Any
-    slots: Mapping[str, Slot]
-    offsets: Mapping[str, int]
-    digests: Mapping[str, str]
     records: Any
     built: Mapping[str, Any]
     nbytes: int
+    keys: Sequence[str]
+    kinds: Sequence[tuple[str, tuple[int, ...], int]]
+    kind: Sequence[int]
+    sizes: Sequence[int]
+    places: Sequence[int]
+    wanted: bytes
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Place of each tensor in the columns."""
+        return dict(zip(self.keys, range(len(self.keys)), strict=True))
+
+    @cached_property
+    def slots(self) -> Mapping[str, Slot]:
+        """Slots by key."""
+        return _Slots(self)
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """First byte in the file by key."""
+        return dict(zip(self.keys, self.places, strict=True))
+
+    def digest_of(self, key: str) -> str:
+        """Return a tensor's digest, in hex."""
+        start = 16 * self.numbers[key]
+        return self.wanted[start : start + 16].hex()
 
 
 def build_header(
@@ -143,17 +204,24 @@ def build_header(
     """
     slots = list(slots)
     offsets, _ = arrange(slots)
+    slots.sort(key=lambda slot: (offsets[slot.key], slot.nbytes))
+    kinds = {kind: number for number, kind in enumerate(dict.fromkeys(map(_kind, slots)))}
     own = {
-        "container": CONTAINER_VERSION,
+        "container": LAYOUT,
         "document": document,
-        "digests": {slot.key: [slot.chunk, digests[slot.key]] for slot in slots},
+        "slots": {
+            "keys": [slot.key for slot in slots],
+            "kinds": list(kinds),
+            "kind": [kinds[_kind(slot)] for slot in slots],
+            "digests": "".join([digests[slot.key] for slot in slots]),
+        },
         "records": records,
         "built": dict(built),
     }
     header: dict[str, Any] = {
         "__metadata__": {"format": "pt", "quantcache": canonical(own), "quantcache.header": _ZEROS}
     }
-    for slot in sorted(slots, key=lambda slot: (offsets[slot.key], slot.nbytes)):
+    for slot in slots:
         begin = offsets[slot.key]
         header[slot.key] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [begin, begin + slot.nbytes]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -166,9 +234,26 @@ def build_header(
     whole = bytearray(b" ") * length
     whole[:8] = (length - 8).to_bytes(8, "little")
     whole[8 : 8 + len(text)] = text
-    place = whole.index(_STATED + _ZEROS.encode()) + len(_STATED)
+    place = _stated_at(whole)
     whole[place : place + len(_ZEROS)] = digest(whole).hex().encode()
     return whole
+
+
+def _kind(slot: Slot) -> tuple[str, tuple[int, ...], int]:
+    """Return what many tensors of a model have in common."""
+    return slot.dtype, slot.shape, slot.chunk
+
+
+def _stated_at(head: bytes | bytearray) -> int:
+    """Return where the header's digest stands in it.
+
+    Raises:
+        CorruptEntryError: nowhere.
+    """
+    place = head.find(_STATED, 8 + len(_OPENS)) if head.startswith(_OPENS, 8) else -1
+    if place < 0:
+        raise CorruptEntryError("the header is not one of ours")
+    return place + len(_STATED)
 
 
 def reserve_header(slots: Iterable[Slot], *, records: Any) -> int:
@@ -187,7 +272,9 @@ def reserve_header(slots: Iterable[Slot], *, records: Any) -> int:
         nbytes += 2 * len(keys)
     else:
         nbytes += sum(len(json.dumps(slot.key)) + len(json.dumps(json.dumps(slot.key))) for slot in slots)
-    nbytes += len(str([(slot.shape, slot.chunk) for slot in slots])) + _ENTRY * len(slots)
+    kinds = Counter(map(_kind, slots))
+    shapes = {kind: len(str(kind[1])) for kind in kinds}
+    nbytes += sum(count * shapes[kind] for kind, count in kinds.items()) + sum(shapes.values()) + _KIND * len(kinds) + _ENTRY * len(slots)
     return -(-(nbytes + nbytes // 16 + 4096 + 512) // ALIGNMENT) * ALIGNMENT
 
 
@@ -205,37 +292,59 @@ def parse_header(head: bytes, file_nbytes: int) -> EntryHeader:
     length = int.from_bytes(head[:8], "little")
     if not 8 + length <= len(head) or (8 + length) % ALIGNMENT:
         raise CorruptEntryError(f"the header's length {length} cannot be true")
-    text = head[8 : 8 + length]
+    start = 8 + length
     try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__")
-        own = json.loads(metadata["quantcache"])
-        stated = metadata["quantcache.header"]
-        whole = bytearray(head[: 8 + length])
-        place = whole.find(_STATED + stated.encode()) + len(_STATED)
-        whole[place : place + len(_ZEROS)] = _ZEROS.encode()
-        if digest(whole).hex() != stated:
+        place = _stated_at(head)
+        behind = place + len(_ZEROS)
+        whole = Streamed()
+        for piece in (memoryview(head)[:place], _ZEROS.encode(), memoryview(head)[behind:start]):
+            whole.update(piece)
+        if whole.digest().hex().encode() != head[place:behind]:
             raise CorruptEntryError("the header is not the one that was written")
-        if own["container"] > CONTAINER_VERSION:  # not before: a flipped bit would pass for a newer version
-            raise StoreTooNewError(f"container version {own['container']}, this program reads {CONTAINER_VERSION}")
-        slots, offsets, digests = {}, {}, {}
-        position, described = 0, own["digests"]
-        for key, entry in header.items():
-            chunk, digests[key] = described[key]
-            slots[key] = slot = Slot(key, entry["dtype"], tuple(entry["shape"]), chunk)
-            begin, end = entry["data_offsets"]
-            if begin != position or end - begin != slot.nbytes or chunk < 1:
-                raise CorruptEntryError(f"tensor {key!r} is not where it must be")
-            position = end
-            offsets[key] = 8 + length + begin
-        records, built, document = own["records"], own["built"], own["document"]
+        own = json.loads(json.loads(head[8 + len(_OPENS) - 1 : place - len(_STATED) + 1]))
+        if own["container"] > LAYOUT:  # not before: a flipped bit would pass for a newer version
+            raise StoreTooNewError(f"container version {own['container']}, this program reads {LAYOUT}")
+        keys, kinds, kind, wanted = _columns(own["slots"]) if own["container"] > 1 else _columns_of_layout_1(head[8:start], own["digests"])
+        size_of = [math.prod(shape) * _ITEMSIZE[dtype] for dtype, shape, _ in kinds]
+        if any(min(*shape, size, chunk - 1) < 0 for size, (_, shape, chunk) in zip(size_of, kinds, strict=True)) or min(kind, default=0) < 0:
+            raise CorruptEntryError("a tensor cannot be of that size")
+        if not len(set(keys)) == len(kind) == len(keys) == len(wanted) / 16:
+            raise CorruptEntryError("the header describes more or fewer tensors than it names")
+        sizes = [size_of[number] for number in kind]
+        *places, end = accumulate(sizes, initial=start)
+        found = EntryHeader(own["document"], own["records"], own["built"], file_nbytes, keys, kinds, kind, sizes, places, wanted)
     except (CorruptEntryError, StoreTooNewError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptEntryError(f"the header cannot be read: {type(error).__name__}") from error
-    if file_nbytes != 8 + length + position:
-        raise CorruptEntryError(f"the file has {file_nbytes} bytes, its header describes {8 + length + position}")
-    return EntryHeader(document, slots, offsets, digests, records, built, file_nbytes)
+    if file_nbytes != end:
+        raise CorruptEntryError(f"the file has {file_nbytes} bytes, its header describes {end}")
+    return found
+
+
+_Columns = tuple[list[str], list[tuple[str, tuple[int, ...], int]], list[int], bytes]
+
+
+def _columns(described: Mapping[str, Any]) -> _Columns:
+    """Return keys, kinds, each tensor's kind, and digests."""
+    kinds = [(dtype, tuple(shape), chunk) for dtype, shape, chunk in described["kinds"]]
+    return described["keys"], kinds, described["kind"], bytes.fromhex(described["digests"])
+
+
+def _columns_of_layout_1(text: bytes, described: Mapping[str, Any]) -> _Columns:
+    """Return the same of a header that has an object for every tensor, each where the one before it ends."""
+    header = json.loads(text)
+    del header["__metadata__"]
+    kinds: dict[tuple[str, tuple[int, ...], int], int] = {}
+    kind, position = [], 0
+    for key, entry in header.items():
+        found = entry["dtype"], tuple(entry["shape"]), described[key][0]
+        kind.append(kinds.setdefault(found, len(kinds)))
+        begin, end = entry["data_offsets"]
+        if begin != position or end - begin != math.prod(found[1]) * _ITEMSIZE[found[0]]:
+            raise CorruptEntryError(f"tensor {key!r} is not where it must be")
+        position = end
+    return list(header), list(kinds), kind, bytes.fromhex("".join([described[key][1] for key in header]))
 
 
 def slot_digest(memory: memoryview, slot: Slot, offset: int) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.cache.blobs import Reader, StoredEntry
-from quantcache.cache.container import Slot
 from quantcache.cache.key import combine
 from quantcache.errors import SourceError
 from quantcache.loader.mapping import MappedFile
 from quantcache.memory import is_cached, populate, will_need
-from quantcache.quant.digest import NBYTES, add_digest, digests, each
-from quantcache.quant.native import Calls, address
+from quantcache.quant.digest import NBYTES, Expected, add_digest, digests, each
+from quantcache.quant.native import Calls, address, compiled
+from quantcache.tensor import array_dtype
 from quantcache.trace import Profile, span, working_for
 
 __all__ = ["Check", "Pool", "Stored", "read_ahead"]
@@ -211,9 +211,13 @@ class Check:
         first = start // self.chunk
         self._found[first : first + len(found)] = found
 
+    def whole(self) -> bool:
+        """Return whether all chunks were fed."""
+        return all(self._found)
+
     def passed(self) -> bool:
         """Return whether all chunks were fed and are what was stored."""
-        fine = all(self._found) and combine(self._found) == self._stored.entry.header.digests[self._key]
+        fine = self.whole() and combine(self._found) == self._stored.entry.header.digest_of(self._key)
         if fine:
             self._stored.passed(self._key)
         return fine
@@ -273,6 +277,20 @@ class Stored:
     def _cached(self, key: str) -> bool:
         return is_cached(self._address + self.entry.header.offsets[key], self.entry.header.slots[key].nbytes)
 
+    def array(self, key: str) -> NDArray[Any]:
+        """Return a tensor as one read-only array, unchecked; of 20,000 tensors every object more is felt."""
+        header = self.entry.header
+        number = header.numbers[key]
+        shape, dtype = self._kinds[header.kind[number]]
+        if not header.sizes[number]:
+            return np.empty(shape, dtype)
+        return np.ndarray(shape, dtype, self.entry.memory, header.places[number])
+
+    @cached_property
+    def _kinds(self) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shape and element type of each kind of tensor."""
+        return [(shape, array_dtype(dtype)) for dtype, shape, _ in self.entry.header.kinds]
+
     def is_warm(self, keys: Iterable[str]) -> bool:
         """Return whether tensors are in the page cache, as far as a few pages tell."""
         return all(self._cached(key) for key in keys if self.entry.header.slots[key].nbytes)
@@ -286,23 +304,54 @@ class Stored:
         """Return whether tensors are what was stored, once they are in memory; True at once if that is not checked."""
         if not self._check:
             return True
-        keys, big = list(keys), []
+        keys, big = list(keys), list[str]()
         if self._is_cold:
             self._ask_for(keys)
+        small, nbytes, largest, name, header = list[str](), 0, -1, "", self.entry.header
         for key in keys:
             if key in self._fine:
                 continue
-            if key in self._tensors or self.entry.header.slots[key].nbytes >= _PIECE:
+            size = header.sizes[header.numbers[key]]
+            if size >= _PIECE or key in self._tensors:
                 big.append(key)
-            elif self.entry.intact(key):
-                self._fine.add(key)
             else:
-                return False
+                small.append(key)
+                nbytes += size
+                if size > largest:  # a tensor's codes have its name
+                    largest, name = size, key
+        if small:
+            with span("verify", nbytes, name):
+                if self._differing(small, self._address) is not None:
+                    return False
+            self._fine.update(small)
+            if not big:
+                return True
         if self._pool.process != os.getpid():
             return all(self.entry.intact(key) for key in big)
         with self._lock:
             wanted = list(dict.fromkeys(self._tensors.get(key) or self._bringing([key]) for key in big))
         return not wanted or self._pool.wait(wanted)
+
+    def _differing(self, keys: Sequence[str], base: int) -> str | None:
+        """Return the first of some tensors that is not what was stored, None if all are.
+
+        Args:
+            keys: which.
+            base: where the first byte of the file is, or would be if it were mapped in front of what is in a buffer.
+        """
+        if self._expected is None:
+            return next((key for key in keys if not self.entry.intact(key)), None)
+        numbers = self.entry.header.numbers
+        first = self._expected.differs(base, [numbers[key] for key in keys])
+        return keys[first] if first < len(keys) else None
+
+    @cached_property
+    def _expected(self) -> Expected | None:
+        """What all tensors are compared with; None at the reference level, where there is nothing to do it."""
+        header = self.entry.header
+        if not compiled():
+            return None
+        return Expected(header.places, header.sizes, [header.kinds[kind][2] for kind in header.kind], header.wanted)
 
     @cached_property
     def _is_cold(self) -> bool:
@@ -354,48 +403,37 @@ class Stored:
 
     def _bringing(self, keys: list[str]) -> _Bringing:
         """Return what brings one tensor, by the piece, or several that stand side by side, in one."""
-        slots, offsets, wanted = self.entry.header.slots, self.entry.header.offsets, self.entry.header.digests
-        found = {key: [b""] * slots[key].chunks for key in keys}
-        pieces = _pieces([slots[key] for key in keys])
-        start, stop = offsets[keys[0]], offsets[keys[-1]] + slots[keys[-1]].nbytes
+        header, memory = self.entry.header, self.entry.memory
+        slots, start = [header.slots[key] for key in keys], header.offsets[keys[0]]
+        stop = header.offsets[keys[-1]] + slots[-1].nbytes
+        # what is brought at a time, as (first byte, the one behind the last): whole chunks of one tensor, or all of several
+        each = max(1, _PIECE // slots[0].chunk) * slots[0].chunk if len(keys) == 1 else stop - start
+        pieces = [(begin, min(begin + each, stop)) for begin in range(start, stop, each or 1)]
+        check = Check(self, keys[0], slots[0].chunk, slots[0].chunks)
         cached = is_cached(self._address + start, stop - start)
         if not cached:
             self._unread += len(pieces)
 
-        def bounds(key: str, first: int, last: int) -> tuple[int, int]:
-            slot, offset = slots[key], offsets[key]
-            return offset + first * slot.chunk, offset + min(last * slot.chunk, slot.nbytes)
-
         def work(number: int) -> bool:
-            piece = pieces[number]
-            begin, end = bounds(*piece[0])[0], bounds(*piece[-1])[1]
-            memory = self.entry.memory[begin:end] if cached else self._read(piece[0][0], begin, end)
-            if memory is None:
+            begin, end = pieces[number]
+            found = memory[begin:end] if cached else self._read(keys[0], begin, end)
+            if found is None:
                 return False
             if not self._check:
                 return True
-            with span("verify", end - begin, piece[0][0]):
-                for key, first, last in piece:
-                    start, stop = bounds(key, first, last)
-                    found[key][first:last] = digests(memory[start - begin : stop - begin], slots[key].chunk)
-                    if all(found[key]) and combine(found[key]) != wanted[key]:
-                        self.wrong = key
-                        return False
-            return True
+            if len(keys) == 1:
+                check.feed(begin - start, found)
+                wrong = None if not check.whole() or check.passed() else keys[0]
+            else:
+                with span("verify", end - begin, keys[0]):
+                    wrong = self._differing(keys, address(np.frombuffer(found, np.uint8)) - begin)
+            self.wrong = wrong or self.wrong
+            return wrong is None
 
         tensor = _Bringing(len(pieces), work)
-        tensor.fine = all(combine([]) == wanted[key] for key in keys if not slots[key].nbytes)
+        tensor.fine = bool(pieces) or not self._check or self._differing(keys, self._address) is None
         self._tensors |= dict.fromkeys(keys, tensor)
         return tensor
-
-
-def _pieces(slots: list[Slot]) -> list[list[tuple[str, int, int]]]:
-    """Return what is brought at a time, as (tensor, first chunk, chunk behind the last): several small ones, or parts of one."""
-    if len(slots) > 1:
-        whole = [(slot.key, 0, slot.chunks) for slot in slots if slot.nbytes]
-        return [whole] if whole else []
-    each = max(1, _PIECE // slots[0].chunk)
-    return [[(slots[0].key, first, min(first + each, slots[0].chunks))] for first in range(0, slots[0].chunks, each)]
 
 
 def read_ahead(file: MappedFile, ranges: Iterable[tuple[int, int]], pool: Pool) -> None:

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -556,13 +556,19 @@ def _view_shape(record: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _tensor(record: Mapping[str, Any], arrays: Mapping[str, Array]) -> Tensor:
     """Return what a caller gets: an array for plain weights, else a QuantTensor."""
-    # codes first: JSON does not keep the codec's order
-    parts = {name: arrays[record["parts"][name]] for name in sorted(record["parts"], key=lambda n: (n != "codes", n))}
+    keys = record["parts"]
+    parts = {name: arrays[keys[name]] for name in _in_order(tuple(keys))}
     if record["codec"] in ("keep", "f16"):
         values = parts["values"]
         values.flags.writeable = False
         return values.swapaxes(-1, -2) if record.get("transposed") else values
     return QuantTensor(record["codec"], tuple(record["shape"]), parts, codec(record["codec"]).dequantize)
+
+
+@cache
+def _in_order(parts: tuple[str, ...]) -> list[str]:
+    """Return names of parts, codes first: JSON does not keep the codec's order."""
+    return sorted(parts, key=lambda name: (name != "codes", name))
 
 
 def _native(source: Source, info: TensorInfo) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from quantcache.cache.locks import Lock
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, StoreReadOnlyError
 from quantcache.loader.ahead import Check, Pool, Stored, read_ahead
-from quantcache.loader.build import Build
+from quantcache.loader.build import Build, Memory
 from quantcache.loader.digests import known_digest
 from quantcache.loader.pipeline import Pipeline, Progress, default_threads
 from quantcache.loader.plan import Job, Request, native_names, plan
@@ -124,7 +124,7 @@ class Shard:
         keys = list(record["parts"].values())
         if not stored.intact(keys):
             raise DamagedError(f"tensor {stored.wrong or name!r} is not what was stored")
-        return record, {key: _array(stored.entry.header.slots[key], stored.entry) for key in keys}
+        return record, {key: stored.array(key) for key in keys}
 
     def unchecked(self, name: str) -> tuple[dict[str, Any], dict[str, Array], dict[str, Check]] | None:
         """Return the same without a check, and by part the checks that are left to do; None if there is nothing to gain by it."""
@@ -137,7 +137,7 @@ class Shard:
         wanting = [key for part, key in record["parts"].items() if part not in checks]
         if not checks or not stored.intact(wanting):
             return None
-        return record, {key: _array(stored.entry.header.slots[key], stored.entry) for key in record["parts"].values()}, checks
+        return record, {key: stored.array(key) for key in record["parts"].values()}, checks
 
     def readable(self, name: str) -> bool:
         """Bring a stored tensor into memory, if nothing else did so; return whether that could be done."""
@@ -275,15 +275,8 @@ def _unsaved(cache: Cache, source: Source, error: CacheError) -> None:
     cache.complain(f"{source.path.name} is loaded but not saved: {error.message}")
 
 
-class _Viewed(Protocol):
-    """What holds tensors' bytes: an entry, a staged one, or memory."""
-
-    def view(self, key: str) -> memoryview:
-        """Return a tensor's bytes."""
-
-
-def _array(slot: Slot, home: _Viewed) -> Array:
-    """Return a tensor as one read-only array; of 20,000 tensors every object more is felt."""
+def _array(slot: Slot, home: StagedEntry | Memory) -> Array:
+    """Return a tensor that was built, as one read-only array."""
     if not slot.nbytes:
         return np.empty(slot.shape, array_dtype(slot.dtype))
     return np.ndarray(slot.shape, array_dtype(slot.dtype), home.view(slot.key))

@@ -147,8 +147,9 @@ class Kernel:
 
     def __call__(self, *arguments: NDArray[Any] | int) -> int:
         """Return what the function returns: of a kernel, its status bits."""
-        # Python integers pass as C int unless told otherwise: every argument is 64 bits wide
-        status: int = self._function(*map(ctypes.c_uint64, _words(arguments)))
+        if self._function.argtypes is None:  # Python integers pass as C int unless told otherwise: every argument is 64 bits wide
+            self._function.argtypes = (ctypes.c_uint64,) * len(arguments)
+        status: int = self._function(*_words(arguments))
         return status
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from quantcache.cache import container
 from quantcache.cache.blobs import StoredEntry
 from quantcache.cache.container import (
     ALIGNMENT,
+    LAYOUT,
     Slot,
     arrange,
     build_header,
@@ -23,7 +25,7 @@ from quantcache.cache.container import (
     reserve_header,
     slot_digest,
 )
-from quantcache.cache.key import CONTAINER_VERSION, combine, digest
+from quantcache.cache.key import canonical, combine, digest
 from quantcache.cache.store import Cache
 from quantcache.errors import CorruptEntryError, StoreTooNewError
 
@@ -68,10 +70,17 @@ def test_header_reads_back(slots: list[Slot], text: str) -> None:
     found = parse_header(head, len(head) + nbytes)
     assert len(head) % ALIGNMENT == 0
     assert found.offsets == {key: len(head) + offset for key, offset in offsets.items()}
-    assert (found.document, found.records, found.built, found.digests) == (*details.values(), digests)
+    assert (found.document, found.records, found.built) == tuple(details.values())
+    assert {key: found.digest_of(key) for key in found.slots} == digests
     assert {(slot.key, slot.dtype, slot.shape) for slot in found.slots.values()} == {
         (slot.key, slot.dtype, slot.shape) for slot in slots
     }
+    others = json.loads(head[8:])  # what every other reader goes by
+    del others["__metadata__"]
+    assert list(others) == list(found.keys)
+    for key, entry in others.items():
+        slot, begin = found.slots[key], found.offsets[key] - len(head)
+        assert entry == {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [begin, begin + slot.nbytes]}
     reserved = reserve_header(slots, records=[text])
     assert reserved <= 1.2 * len(head) + 100 * len(slots) + 2 * ALIGNMENT  # and it is no waste
     assert len(build_header(slots, digests, length=reserved, **details)) == reserved
@@ -106,15 +115,39 @@ def test_length_of_the_file_is_exact(store: Cache, put: Callable[..., StoredEntr
 
 def test_newer_container(monkeypatch: pytest.MonkeyPatch) -> None:
     """A newer version is said to be newer, not to be damaged; a bit that is flipped there is damage."""
-    monkeypatch.setattr(container, "CONTAINER_VERSION", CONTAINER_VERSION + 2)
+    monkeypatch.setattr(container, "LAYOUT", LAYOUT + 2)
     newer = build_header([], {}, document={}, records=[], built={})
     monkeypatch.undo()
     with pytest.raises(StoreTooNewError):
         parse_header(newer, len(newer))
-    flipped = newer.replace(b'\\"container\\":%d' % (CONTAINER_VERSION + 2), b'\\"container\\":%d' % (CONTAINER_VERSION + 6))
+    flipped = newer.replace(b'\\"container\\":%d' % (LAYOUT + 2), b'\\"container\\":%d' % (LAYOUT + 6))
     assert flipped != newer
     with pytest.raises(CorruptEntryError):
         parse_header(flipped, len(flipped))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": [0, -1]}, {"kind": [0, 1]}, {"kind": [0]}, {"kind": [0, 0, 0]}, {"kind": [0, 0.0]}, {"kind": [0, "0"]},
+        {"kinds": [["U8", [-1, -8], 8]]}, {"kinds": [["U8", [8], 0]]}, {"kinds": [["U7", [8], 8]]}, {"kinds": [["U8", ["8"], 8]]},
+        {"keys": ["a", "a"]}, {"keys": ["a"]}, {"keys": ["a", ["b"]]}, {"digests": "00" * 31}, {"digests": "0" * 31}, {"digests": 7},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_columns_that_cannot_be(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+    """Columns that do not fit each other are damage, whatever the header's digest says; unchanged they are read."""
+    slots, digests = [Slot("a", "U8", (8,), 8), Slot("b", "U8", (8,), 8)], {"a": "0" * 32, "b": "1" * 32}
+
+    def changed(document: Any) -> str:
+        return canonical({**document, "slots": {**document["slots"], **change}})
+
+    head = build_header(slots, digests, document={}, records=[], built={})
+    assert parse_header(head, len(head) + 16).sizes == [8, 8]
+    monkeypatch.setattr(container, "canonical", changed)
+    head = build_header(slots, digests, document={}, records=[], built={})
+    with pytest.raises(CorruptEntryError):
+        parse_header(head, len(head) + 16)
 
 
 def test_library_opens_an_entry(
