@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import SourceError, SourceNotFoundError
-from quantcache.memory import HEAD, PAGE, is_cached, knows_cached, populate, will_need
+from quantcache.memory import PAGE, is_cached, knows_cached, populate, will_need
 from quantcache.quant import native
 from quantcache.quant.native import Calls
 from quantcache.trace import span
@@ -68,7 +68,6 @@ class MappedFile:
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         #: of the first byte
         self.address: int = self.bytes.__array_interface__["data"][0]
-        self.will_need(0, min(self.nbytes, HEAD))
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import sys
 import time
@@ -34,11 +35,11 @@ from quantcache.loader.pipeline import Pipeline, Progress, default_threads
 from quantcache.loader.plan import Request, layer_key
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.shards import DamagedError, Options, Shard
-from quantcache.loader.source import Source, open_checkpoint
+from quantcache.loader.source import Source, check_checkpoint, check_names, find_checkpoint
 from quantcache.loader.tiles import Quantizer
 from quantcache.quant.blocks import dequantize
 from quantcache.quant.codec import codec, codec_ids
-from quantcache.tensor import PartSize, QuantTensor, TensorInfo
+from quantcache.tensor import BLOCKS, ITEMSIZE, PartSize, QuantTensor, TensorInfo
 from quantcache.trace import Profile, span, working_for
 
 if TYPE_CHECKING:
@@ -328,7 +329,8 @@ class Model(Mapping[str, Tensor]):
                 continue
             record, slots, _, _ = shard.described(name)
             nbytes = sum(slots[key].nbytes for key in record["parts"].values())
-            source_nbytes = shard.source.tensors[name].nbytes if name in shard.source.tensors else 0
+            block, block_nbytes = BLOCKS.get(record["dtype"]) or (1, ITEMSIZE[record["dtype"]])
+            source_nbytes = math.prod(record["shape"]) // block * block_nbytes
             shape = _view_shape(record)
             reports.append(
                 TensorReport(name, record["codec"], record["dtype"], shape, nbytes, source_nbytes, record.get("reason", ""))
@@ -491,8 +493,11 @@ def load(
     profile = Profile()
     with working_for(profile), span("open"):
         adapters = [open_adapter(*paired(given)) for given in lora or ()]
-        sources = open_checkpoint(path, names)
-        changes = resolve_changes(adapters, sources)
+        where, files = find_checkpoint(path, names)
+        sources = [Source(file, later=True) for file in files]
+        if adapters:  # what they change is found by name
+            check_checkpoint(where, sources, names)
+        changes = resolve_changes(adapters, sources) if adapters else {}
         store, own = _open_cache(cache, settings["mode"])
         entries = [  # a load without a store needs no key
             key_entry(adapter, known_digest(adapter.source, store, settings["threads"] or default_threads(), seen_ns), changes)
@@ -502,12 +507,16 @@ def load(
         request = Request(recipe, changes, tuple(entries), tuple((str(a.source.path.resolve()), a.alpha) for a in adapters), str(Path(path).resolve()))
         pool = Pool(settings["threads"] or default_threads(), profile)
         options = Options(request, settings["mode"], settings["verify"], settings["threads"], progress, profile, pool, quantizer)
-        shards = []
+        shards = [Shard(source, options) for source in sources]
         try:
-            for source in sources:
-                shard = Shard(source, options)
-                shards.append(shard)
-                shard.start(store, seen_ns, first=len(shards) == 1)
+            if not adapters:
+                if store is not None and all(shard.serve(store, seen_ns) for shard in shards):
+                    check_names(where, [(shard.source.path, shard.records) for shard in shards])
+                else:
+                    check_checkpoint(where, sources, names)
+            for shard in shards:
+                if shard.stored is None:
+                    shard.start(store, seen_ns, first=shard is shards[0])
             model = Model(Path(path), shards, store, options, own=own)
         except BaseException:
             for shard in shards:

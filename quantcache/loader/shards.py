@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ from quantcache.loader.build import Build, Memory
 from quantcache.loader.digests import known_digest
 from quantcache.loader.pipeline import Pipeline, Progress, default_threads
 from quantcache.loader.plan import Job, Request, native_names, plan
-from quantcache.loader.source import Source
+from quantcache.loader.source import Source, is_plain
 from quantcache.loader.tiles import Quantizer
-from quantcache.tensor import array_dtype
+from quantcache.tensor import TensorInfo, array_dtype
 from quantcache.trace import Profile
 
 __all__ = ["DamagedError", "Options", "Shard"]
@@ -69,7 +70,8 @@ class Shard:
 
     def __init__(self, source: Source, options: Options) -> None:
         self.source, self.options, self.request = source, options, options.request
-        self.native = {info.name: info for info in native_names(source.tensors.values(), self.request)}
+        #: what `serve` found of the source's digest, if it looked for an entry; that need not be done again
+        self._looked = ""
         self.stored: Stored | None = None
         self.records: dict[str, dict[str, Any]] = {}
         self.build: Build | None = None
@@ -78,6 +80,11 @@ class Shard:
         self.pipeline: Pipeline | None = None
         self.lock = threading.RLock()
         self._asked: set[str] = set()  # native tensors that were read ahead
+
+    @cached_property
+    def native(self) -> dict[str, TensorInfo]:
+        """The tensors that pass through as they are."""
+        return {info.name: info for info in native_names(self.source.tensors.values(), self.request)}
 
     @property
     def entry(self) -> StoredEntry | None:
@@ -110,7 +117,8 @@ class Shard:
                 keys += records[name]["parts"].values()
         if keys and stored is not None:
             stored.read_ahead(keys)
-        read_ahead(self.source.file, [(info.offset, info.nbytes) for info in infos], self.options.pool)
+        if infos:
+            read_ahead(self.source.file, [(info.offset, info.nbytes) for info in infos], self.options.pool)
 
     def arrays(self, name: str) -> tuple[dict[str, Any], dict[str, Array]] | None:
         """Return a stored tensor's record and its arrays, checked as the load was asked to; None if it must be built.
@@ -176,6 +184,25 @@ class Shard:
         self.stored = self.early = None
         return entry.replaced() or cache.damaged(entry.key, why)
 
+    def serve(self, cache: Cache, seen_ns: int) -> bool:
+        """Serve the file without reading a byte of it, if its digest is known and the entry was made of a file of a plain format.
+
+        Args:
+            cache, seen_ns: as for `start`.
+        """
+        stamp, request = Stamp.of(self.source.file.stat), self.request
+        found = None if request.recipe.passes_elements or request.changes else cache.source_digest(stamp)
+        if found is None:
+            return False
+        self._look(cache, stamp, seen_ns, found, reading={})
+        if self.stored is None:
+            self._looked = found
+        elif not is_plain(self.stored.entry.header.built.get("format")):  # the entry may be right, but the file has to say so
+            self.stored, self.records = None, {}
+        else:
+            self.native = {}
+        return self.stored is not None
+
     def start(self, cache: Cache | None, seen_ns: int, *, first: bool = False) -> None:
         """Find the entry, or prepare the build that makes it.
 
@@ -197,7 +224,8 @@ class Shard:
         jobs = None
         unsaved: CacheError | None = None
         if cache is not None:
-            found = self._look(cache, stamp, seen_ns, None)
+            looked, self._looked = self._looked, ""
+            found = looked if looked and not source.reading() else self._look(cache, stamp, seen_ns, None)
             if self.stored is not None:
                 return
             if options.mode != "readonly" and not cache.readonly:
@@ -246,7 +274,15 @@ class Shard:
             self.source.file.begin_reading(_BEFORE_PLAN)
         return plan(self.source, self.request)
 
-    def _look(self, cache: Cache, stamp: Stamp, seen_ns: int, found: str | None, announced: str = "") -> str | None:
+    def _look(
+        self,
+        cache: Cache,
+        stamp: Stamp,
+        seen_ns: int,
+        found: str | None,
+        announced: str = "",
+        reading: Mapping[str, Any] | None = None,
+    ) -> str | None:
         """Find the entry, or what its builder has announced; return the source's digest, `found` if it is known, else if it had to be taken."""
         source, options = self.source, self.options
         found = found or cache.source_digest(stamp)
@@ -254,7 +290,7 @@ class Shard:
             found = known_digest(source, cache, options.threads or default_threads(), seen_ns)
         if found is None or options.mode == "refresh":
             return found
-        document = self.request.key_document(found, source.file.nbytes, source.reading())
+        document = self.request.key_document(found, source.file.nbytes, source.reading() if reading is None else reading)
         entry = cache.find_staged(document, announced) if announced else cache.find(document)
         if entry is not None:
             stored = Stored(entry, options.pool, check=options.verify != "off")

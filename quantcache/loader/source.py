@@ -10,7 +10,7 @@ import importlib
 import os
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,11 +23,12 @@ from quantcache.cache.key import fingerprint, samples
 from quantcache.errors import SourceError, SourceNotFoundError, UsageError
 from quantcache.loader.mapping import MappedFile
 from quantcache.loader.names import runtime_names
+from quantcache.memory import HEAD
 from quantcache.quant.blocks import VERSION as BLOCKS_VERSION
 from quantcache.quant.blocks import to_little_endian
 from quantcache.tensor import BLOCKS, ITEMSIZE, TensorInfo, array_dtype
 
-__all__ = ["Format", "Header", "Source", "model_files", "open_checkpoint", "register"]
+__all__ = ["Format", "Header", "Source", "check_checkpoint", "check_names", "find_checkpoint", "is_plain", "model_files", "open_checkpoint", "register"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Format(ABC):
     id: ClassVar[str]
     #: the file names that are tried when a folder is given
     suffixes: ClassVar[tuple[str, ...]]
+    #: tensors have the names that the checkpoint's runtime knows, and are of element types: what becomes of a file depends on nothing
+    #: but its bytes and the recipe, so that it need not be read once that was stored
+    plain: ClassVar[bool] = False
 
     @abstractmethod
     def recognizes(self, head: bytes) -> bool:
@@ -76,15 +80,26 @@ class Format(ABC):
         """
         return None
 
+    def check_names(self, path: Path, held: Mapping[Path, Container[str]]) -> None:
+        """Check that the files of a checkpoint hold the tensors that an index of this format promises.
+
+        Args:
+            path: what `shards` was asked for.
+            held: file -> names of its tensors.
+
+        Raises:
+            SourceError: one is not where the index puts it.
+        """
+
     def check_shards(self, path: Path, sources: Sequence[Source]) -> None:
-        """Check the files of a checkpoint against each other, and against an index, once the headers are known.
+        """Check the files of a checkpoint against each other, once the headers are known.
 
         Args:
             path: what `shards` was asked for.
             sources: of any format.
 
         Raises:
-            SourceError: a file of this format is not the whole checkpoint, or an index of it is wrong.
+            SourceError: a file of this format is not the whole checkpoint.
         """
 
 
@@ -117,32 +132,56 @@ class Source:
 
     Args:
         path: the file.
+        later: no byte is read before something is asked of it; the errors come then, too.
 
     Raises:
         SourceError: it is no model, or its header cannot be true.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, later: bool = False) -> None:
         self.path = path
         self.file = MappedFile(path)
+        #: the scheme by which tensors were renamed, with its version; part of what an entry's bytes depend on
+        self.names = ""
+        if not later:
+            self.tensors = self._tensors()
+
+    def _tensors(self) -> dict[str, TensorInfo]:
+        return {info.name: info for info in self._parsed[1].tensors}
+
+    @cached_property
+    def _parsed(self) -> tuple[Format, Header]:
+        self.file.will_need(0, min(self.file.nbytes, HEAD))
         head = self.file.bytes[:64].tobytes()
         for known in _formats():
             if known.recognizes(head):
-                self.format = known.id
-                header = known.parse(self.file)
-                break
-        else:
-            raise SourceError(
-                "not a model: neither a GGUF nor a safetensors header",
-                path=path,
-                offset=0,
-                hint="PyTorch .pth/.bin checkpoints can execute code when read: convert them to .safetensors first",
-            )
-        self.metadata = header.metadata
-        self.big_endian = header.big_endian
-        self.tensors = {info.name: info for info in header.tensors}
-        #: the scheme by which tensors were renamed, with its version; part of what an entry's bytes depend on
-        self.names = ""
+                return known, known.parse(self.file)
+        raise SourceError(
+            "not a model: neither a GGUF nor a safetensors header",
+            path=self.path,
+            offset=0,
+            hint="PyTorch .pth/.bin checkpoints can execute code when read: convert them to .safetensors first",
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Its tensors by name, in the order of the file."""
+        return self._tensors()
+
+    @property
+    def format(self) -> str:
+        """Id of its format."""
+        return self._parsed[0].id
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the file says about itself, as far as it is cheap to read."""
+        return self._parsed[1].metadata
+
+    @property
+    def big_endian(self) -> bool:
+        """Whether every number in it is, tensors' included."""
+        return self._parsed[1].big_endian
 
     @cached_property
     def fingerprint(self) -> str:
@@ -253,6 +292,25 @@ def open_checkpoint(path: str | os.PathLike[str], names: str = "auto") -> list[S
         SourceNotFoundError: nothing is there, or the folder holds no model.
         SourceError: a file is not what it claims to be.
     """
+    where, files = find_checkpoint(path, names)
+    sources = [Source(file) for file in files]
+    check_checkpoint(where, sources, names)
+    return sources
+
+
+def find_checkpoint(path: str | os.PathLike[str], names: str = "auto") -> tuple[Path, list[Path]]:
+    """Return where a checkpoint is, and its files in order; reads no byte of them, but an index that there is.
+
+    Args:
+        path, names: see open_checkpoint.
+
+    Raises:
+        SourceNotFoundError: nothing is there, or the folder holds no model.
+        SourceError: files are missing, or it cannot be told which are meant.
+        UsageError: `names` is no choice.
+    """
+    if names not in ("auto", "file"):
+        raise UsageError(f"names={names!r}: it is 'auto' or 'file'")
     where = Path(path)
     try:
         where.stat()
@@ -264,26 +322,64 @@ def open_checkpoint(path: str | os.PathLike[str], names: str = "auto") -> list[S
         where = _snapshot(where)
     found = (known.shards(where) for known in _formats())
     files = next((files for files in found if files is not None), None)
-    sources = [Source(file) for file in files or [_only_file(where) if where.is_dir() else where]]
+    return where, files or [_only_file(where) if where.is_dir() else where]
+
+
+def check_checkpoint(where: Path, sources: Sequence[Source], names: str) -> None:
+    """Check the files of a checkpoint, and give their tensors the names that are wanted.
+
+    Args:
+        where: as it was found.
+        sources: of its files.
+        names: see open_checkpoint.
+
+    Raises:
+        SourceError: a file is not what it claims to be.
+    """
     for known in _formats():
+        known.check_names(where, {source.path: source.tensors for source in sources})
         known.check_shards(where, sources)
     for source in sources:
         source.check()
-    if names == "auto":
+    if names == "auto" and not is_plain(sources[0].format):
         # the later parts of a split file carry no architecture
         metadata = sources[0].metadata
         named = runtime_names([source.tensors for source in sources], metadata.get("general.architecture"), metadata)
         for source, (tensors, scheme) in zip(sources, named, strict=True):
             source.tensors, source.names = tensors, scheme
-    elif names != "file":
-        raise UsageError(f"names={names!r}: it is 'auto' or 'file'")
+    _check_owners([(source.path, source.tensors) for source in sources])
+
+
+def check_names(where: Path, held: Sequence[tuple[Path, Collection[str]]]) -> None:
+    """Check the files of a checkpoint by the names of their tensors alone, as `check_checkpoint` does.
+
+    Args:
+        where: as it was found.
+        held: its files, of plain formats, and the names of their tensors.
+
+    Raises:
+        SourceError: a tensor stands in two files, or is not where an index puts it.
+    """
+    for known in _formats():
+        known.check_names(where, dict(held))
+    _check_owners(held)
+
+
+def _check_owners(held: Sequence[tuple[Path, Collection[str]]]) -> None:
+    """Refuse a tensor that stands in two files."""
+    if len(held) == 1:
+        return
     owner: dict[str, Path] = {}
-    for source in sources:
-        for name in source.tensors:
+    for path, names in held:
+        for name in names:
             if name in owner:
-                raise SourceError(f"stands in {owner[name].name} too", path=source.path, tensor=name)
-            owner[name] = source.path
-    return sources
+                raise SourceError(f"stands in {owner[name].name} too", path=path, tensor=name)
+            owner[name] = path
+
+
+def is_plain(format_id: object) -> bool:
+    """Return whether a format is plain, by its id: see Format."""
+    return any(known.plain for known in _formats() if known.id == format_id)
 
 
 def _snapshot(folder: Path) -> Path:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from quantcache.errors import SourceError, shorten
 from quantcache.loader.mapping import MappedFile
-from quantcache.loader.source import Format, Header, Source, register
+from quantcache.loader.source import Format, Header, register
 from quantcache.tensor import ITEMSIZE, TensorInfo
 
 #: A header of 20,000 tensors has 3 MB. The library's limit is 100 MB, which parses into a gigabyte.
@@ -75,6 +75,7 @@ class Safetensors(Format):
 
     id = "safetensors"
     suffixes = (".safetensors", ".st")
+    plain = True
 
     def recognizes(self, head: bytes) -> bool:
         """Look for a length and the opening brace of a JSON object."""
@@ -137,15 +138,15 @@ class Safetensors(Format):
             return None
         return [path.parent / name for name in sorted(set(_weight_map(path).values()))]
 
-    def check_shards(self, path: Path, sources: Sequence[Source]) -> None:
+    def check_names(self, path: Path, held: Mapping[Path, Container[str]]) -> None:
         """Find every tensor of the index in the shard that the index names."""
         path = _index_of(path) or path
         if not path.name.endswith(".index.json"):
             return
-        shards = {source.path.name: source for source in sources}
+        files = {file.name: file for file in held}
         for name, shard in _weight_map(path).items():
-            if name not in shards[shard].tensors:
-                raise SourceError(f"the index {path.name} puts it here, but it is not", path=shards[shard].path, tensor=name)
+            if name not in held[files[shard]]:
+                raise SourceError(f"the index {path.name} puts it here, but it is not", path=files[shard], tensor=name)
 
 
 def _index_of(folder: Path) -> Path | None:

@@ -1,0 +1,192 @@
+"""A hit of a file that has not changed reads no byte of it; whatever only its bytes could tell is refused or asked for all the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import quantcache as qc
+from quantcache.cache import key
+from quantcache.loader import mapping
+from quantcache.loader.formats.gguf import Gguf
+from quantcache.loader.formats.safetensors import Safetensors
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust files that have just been written."""
+    monkeypatch.setattr(key, "RACY_NS", -(10**9))
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have every attempt to read a source noted."""
+    read: list[str] = []
+    for known in (Safetensors, Gguf):
+        real = known.parse
+        monkeypatch.setattr(known, "parse", lambda self, file, real=real: (read.append("parse"), real(self, file))[1])
+    for name in ("populate", "will_need"):
+        real_call = getattr(mapping, name)
+        monkeypatch.setattr(mapping, name, lambda *given, name=name, real=real_call: (read.append(name), real(*given))[1])
+    return read
+
+
+def weight(seed: int) -> Any:
+    """Return a weight that is quantized."""
+    return np.random.default_rng(seed).standard_normal((64, 128)).astype(np.float32)
+
+
+def sharded(folder: Path, names: list[str], *, index: bool) -> Path:
+    """Write a checkpoint with one weight a file."""
+    folder.mkdir()
+    files = {name: f"model-{n + 1:05d}-of-{len(names):05d}.safetensors" for n, name in enumerate(names)}
+    for n, (name, file) in enumerate(files.items()):
+        save_file({name: weight(n)}, folder / file)
+    if index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+def load(path: Path, cache: Path, **options: Any) -> tuple[bool, dict[str, bytes]]:
+    """Load all tensors; return whether it was a hit, and their codes."""
+    with qc.load(path, "int8", cache=cache, **options) as model:
+        found = {name: tensor.parts["codes"].tobytes() if isinstance(tensor, qc.QuantTensor) else tensor.tobytes() for name, tensor in model.items()}
+        return model.hit, found
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "readonly"}, {"verify": "open"}, {"verify": "off"}, {"names": "file"}], ids=str)
+def test_one_file(tmp_path: Path, unread: list[str], options: dict[str, Any]) -> None:
+    """A file that was stored is served without being read, in whichever way."""
+    save_file({"a.weight": weight(0), "b": np.ones(3, np.float32)}, tmp_path / "m.safetensors")
+    missed = load(tmp_path / "m.safetensors", tmp_path / "c")
+    assert unread
+    unread.clear()
+    assert load(tmp_path / "m.safetensors", tmp_path / "c", **options) == (True, missed[1])
+    with qc.load(tmp_path / "m.safetensors", "int8", cache=tmp_path / "c", **options) as model:
+        assert {report.name: report.source_nbytes for report in model.report()} == {"a.weight": 64 * 128 * 4, "b": 12}
+    assert not unread
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_many_files(tmp_path: Path, unread: list[str], index: bool) -> None:
+    """So is a checkpoint of many."""
+    folder = sharded(tmp_path / "m", ["a.weight", "b.weight", "c.weight"], index=index)
+    missed = load(folder, tmp_path / "c")
+    unread.clear()
+    assert load(folder, tmp_path / "c") == (True, missed[1])
+    assert not unread
+
+
+def test_one_of_many_is_missing(tmp_path: Path) -> None:
+    """Files that are stored are served beside those that are quantized again."""
+    folder = sharded(tmp_path / "m", ["a.weight", "b.weight", "c.weight"], index=False)
+    missed = load(folder, tmp_path / "c")
+    with qc.load(folder, "int8", cache=tmp_path / "c") as model, qc.Cache(tmp_path / "c") as cache:
+        cache.path_of(model.keys_in_store[1]).unlink()
+    assert load(folder, tmp_path / "c") == (False, missed[1])
+    assert load(folder, tmp_path / "c") == (True, missed[1])
+
+
+def test_index_that_has_become_wrong(tmp_path: Path) -> None:
+    """An index that puts a tensor elsewhere is refused, however well each file is known."""
+    folder = sharded(tmp_path / "m", ["a.weight", "b.weight"], index=True)
+    load(folder, tmp_path / "c")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("b.weight", "z.weight"))
+    with pytest.raises(qc.SourceError, match="puts it here, but it is not"):
+        load(folder, tmp_path / "c")
+
+
+def test_tensor_that_stands_twice(tmp_path: Path) -> None:
+    """Two known files with a tensor of one name are no checkpoint."""
+    folder = sharded(tmp_path / "m", ["a.weight", "b.weight"], index=False)
+    first, second = sorted(folder.iterdir())
+    save_file({"a.weight": weight(5)}, second)
+    for file in (first, second):
+        os.rename(file, tmp_path / "alone.safetensors")
+        assert load(tmp_path / "alone.safetensors", tmp_path / "c")[0] is False
+        assert load(tmp_path / "alone.safetensors", tmp_path / "c")[0] is True
+        os.rename(tmp_path / "alone.safetensors", file)
+    with pytest.raises(qc.SourceError, match="stands in"):
+        load(folder, tmp_path / "c")
+
+
+def test_changed_file_is_read(tmp_path: Path, unread: list[str]) -> None:
+    """A file that changed is another one, whatever its name."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": weight(0)}, path)
+    load(path, tmp_path / "c")
+    save_file({"a.weight": weight(1)}, path)
+    unread.clear()
+    hit, found = load(path, tmp_path / "c")
+    assert (hit, "parse" in unread) == (False, True)
+    assert found == load(path, tmp_path / "d")[1]
+
+
+@pytest.mark.parametrize("mode", ["auto", "readonly"])
+def test_gguf_says_itself_what_it_is(tmp_path: Path, write_gguf: Write, unread: list[str], mode: str) -> None:
+    """A GGUF's tensors may have other names than the file gives them: it is read, and is a hit."""
+    path = write_gguf(tmp_path / "m.gguf", {"blk.0.attn_output.weight": weight(0)}, {"general.architecture": "llama"})
+    missed = load(path, tmp_path / "c")
+    unread.clear()
+    assert load(path, tmp_path / "c", mode=mode) == (True, missed[1])
+    assert "parse" in unread
+
+
+def test_recipes_that_let_tensors_pass(tmp_path: Path) -> None:
+    """Of a recipe by which tensors are views of the file, some are not in the entry: the file is read, and all are there."""
+    save_file({"a.weight": weight(0), "b.weight": weight(1)}, tmp_path / "m.safetensors")
+    recipe = qc.Recipe([("a.*", "int8")], other="native")
+    found = []
+    for _ in range(2):
+        with qc.load(tmp_path / "m.safetensors", recipe, cache=tmp_path / "c") as model:
+            found.append((model.hit, sorted(model), [report.codec for report in model.report()]))
+    assert found == [(False, ["a.weight", "b.weight"], ["int8", "native"]), (True, ["a.weight", "b.weight"], ["int8", "native"])]
+
+
+@pytest.mark.parametrize("mode", ["auto", "readonly"])
+def test_damage_is_said_once(tmp_path: Path, mode: str) -> None:
+    """An entry that is damaged is found out, said once, and the file is read after all."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": weight(0)}, path)
+    missed = load(path, tmp_path / "c")
+    (entry,) = (tmp_path / "c").glob("v1/entries/*/*.safetensors")
+    for at, verify in ((-1, "open"), (20, "touch")):
+        load(path, tmp_path / "c")
+        raw = bytearray(entry.read_bytes())
+        raw[at] ^= 1
+        entry.write_bytes(raw)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert load(path, tmp_path / "c", mode=mode, verify=verify) == (False, missed[1])
+        assert len(said) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load(path, tmp_path / "c")  # so that there is one again
+
+
+def test_wrong_choice_of_names(tmp_path: Path) -> None:
+    """An argument that cannot be meant is refused on a hit, too."""
+    save_file({"a.weight": weight(0)}, tmp_path / "m.safetensors")
+    load(tmp_path / "m.safetensors", tmp_path / "c")
+    with pytest.raises(qc.UsageError, match="names="):
+        load(tmp_path / "m.safetensors", tmp_path / "c", names="none")
+
+
+def test_safetensors_keep_their_names(tmp_path: Path, write_gguf: Write) -> None:
+    """Names are those of a GGUF's architecture only in a GGUF: what metadata of another format says changes nothing."""
+    tensors = {"blk.0.time_mix_key.weight": weight(0)}
+    save_file(tensors, tmp_path / "m.safetensors", metadata={"general.architecture": "rwkv7"})
+    assert list(load(tmp_path / "m.safetensors", tmp_path / "c")[1]) == ["blk.0.time_mix_key.weight"]
+    path = write_gguf(tmp_path / "m.gguf", tensors, {"general.architecture": "rwkv7"})
+    assert list(load(path, tmp_path / "c")[1]) != ["blk.0.time_mix_key.weight"]
