@@ -29,22 +29,24 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 from quantcache.cache.key import Streamed, canonical, combine, digest
 from quantcache.errors import CorruptEntryError, StoreTooNewError
+from quantcache.once import once
 
 __all__ = ["EntryHeader", "Slot", "arrange", "build_header", "parse_header", "reserve_header", "slot_digest"]
 
-#: How headers are laid out. An older quantcache says of a newer one that it is newer, and builds for itself.
+#: How headers are laid out. Of a header of a later layout, this program says that it is newer, leaves it alone, and builds for itself.
 LAYOUT = 2
 ALIGNMENT = 4096
 MAX_HEADER = 256 << 20
 _ITEMSIZE = {"U8": 1, "I8": 1, "BOOL": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
              "U64": 8, "I64": 8, "F64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1,
              "F8_E5M2FNUZ": 1}  # fmt: skip
+#: of an array in NumPy
+_MAX_AXES = 64
 _ZEROS = "0" * 32
 #: What stands before our JSON in a header, and between it and the header's digest: within it, a backslash is before each quote.
 _OPENS, _STATED = b'{"__metadata__":{"format":"pt","quantcache":"', b'","quantcache.header":"'
@@ -159,17 +161,17 @@ class EntryHeader:
     places: Sequence[int]
     wanted: bytes
 
-    @cached_property
+    @once
     def numbers(self) -> dict[str, int]:
         """Place of each tensor in the columns."""
         return dict(zip(self.keys, range(len(self.keys)), strict=True))
 
-    @cached_property
+    @once
     def slots(self) -> Mapping[str, Slot]:
         """Slots by key."""
         return _Slots(self)
 
-    @cached_property
+    @once
     def offsets(self) -> dict[str, int]:
         """First byte in the file by key."""
         return dict(zip(self.keys, self.places, strict=True))
@@ -287,7 +289,7 @@ def parse_header(head: bytes, file_nbytes: int) -> EntryHeader:
 
     Raises:
         CorruptEntryError: anything is not as it was written.
-        StoreTooNewError: a newer container version.
+        StoreTooNewError: a later layout.
     """
     length = int.from_bytes(head[:8], "little")
     if not 8 + length <= len(head) or (8 + length) % ALIGNMENT:
@@ -303,11 +305,14 @@ def parse_header(head: bytes, file_nbytes: int) -> EntryHeader:
             raise CorruptEntryError("the header is not the one that was written")
         own = json.loads(json.loads(head[8 + len(_OPENS) - 1 : place - len(_STATED) + 1]))
         if own["container"] > LAYOUT:  # not before: a flipped bit would pass for a newer version
-            raise StoreTooNewError(f"container version {own['container']}, this program reads {LAYOUT}")
+            raise StoreTooNewError(f"its header has layout {own['container']}, this program reads layouts up to {LAYOUT}")
         keys, kinds, kind, wanted = _columns(own["slots"]) if own["container"] > 1 else _columns_of_layout_1(head[8:start], own["digests"])
         size_of = [math.prod(shape) * _ITEMSIZE[dtype] for dtype, shape, _ in kinds]
-        if any(min(*shape, size, chunk - 1) < 0 for size, (_, shape, chunk) in zip(size_of, kinds, strict=True)) or min(kind, default=0) < 0:
-            raise CorruptEntryError("a tensor cannot be of that size")
+        for size, (_, shape, chunk) in zip(size_of, kinds, strict=True):
+            if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, size, chunk)) or not chunk or len(shape) > _MAX_AXES:
+                raise CorruptEntryError("a tensor cannot be of that size")
+        if min(kind, default=0) < 0 or type(keys) is not list or not {type(key) for key in keys} <= {str} or type(own["built"]) is not dict:
+            raise CorruptEntryError("the header says what cannot be")
         if not len(set(keys)) == len(kind) == len(keys) == len(wanted) / 16:
             raise CorruptEntryError("the header describes more or fewer tensors than it names")
         sizes = [size_of[number] for number in kind]
@@ -315,7 +320,7 @@ def parse_header(head: bytes, file_nbytes: int) -> EntryHeader:
         found = EntryHeader(own["document"], own["records"], own["built"], file_nbytes, keys, kinds, kind, sizes, places, wanted)
     except (CorruptEntryError, StoreTooNewError):
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptEntryError(f"the header cannot be read: {type(error).__name__}") from error
     if file_nbytes != end:
         raise CorruptEntryError(f"the file has {file_nbytes} bytes, its header describes {end}")

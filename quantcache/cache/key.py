@@ -16,7 +16,8 @@ from quantcache.errors import UsageError
 
 __all__ = ["CHUNK", "CONTAINER_VERSION", "Stamp", "Streamed", "canonical", "combine", "digest", "fingerprint", "key_of", "samples"]
 
-#: Raised whenever entry files change in a way that an older quantcache cannot read.
+#: In every key, and the name of the store's folder: raised when entries mean something else than before. How their headers are laid out has a
+#: number of its own, container.LAYOUT.
 CONTAINER_VERSION = 1
 
 #: A source is digested in pieces of this size, so that all cores can work at it.

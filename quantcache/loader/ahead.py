@@ -12,17 +12,19 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.cache.blobs import Reader, StoredEntry
+from quantcache.cache.container import slot_digest
 from quantcache.cache.key import combine
 from quantcache.errors import SourceError
 from quantcache.loader.mapping import MappedFile
 from quantcache.memory import is_cached, populate, will_need
+from quantcache.once import once
 from quantcache.quant.digest import NBYTES, Expected, add_digest, digests, each
 from quantcache.quant.native import Calls, address, compiled
 from quantcache.tensor import array_dtype
@@ -32,6 +34,8 @@ __all__ = ["Check", "Pool", "Stored", "read_ahead"]
 
 #: Bytes of a piece, in whole chunks of the digest: large enough that a lock a piece does not count.
 _PIECE = 2 << 20
+#: Bytes that are compared in one call: a few milliseconds' worth.
+_TOGETHER = 64 << 20
 #: Pieces from which on waking other threads for one tensor is worth it: 16 MB take a core 2 ms.
 _HELP = 8
 #: A thread without work ends after this.
@@ -277,6 +281,14 @@ class Stored:
     def _cached(self, key: str) -> bool:
         return is_cached(self._address + self.entry.header.offsets[key], self.entry.header.slots[key].nbytes)
 
+    def _compare(self, keys: list[str], nbytes: int, name: str) -> bool:
+        """Return whether tensors of so many bytes are what was stored; the name is for the trace."""
+        with span("verify", nbytes, name):
+            if self._differing(keys, self._address) is not None:
+                return False
+        self._fine.update(keys)
+        return True
+
     def array(self, key: str) -> NDArray[Any]:
         """Return a tensor as one read-only array, unchecked; of 20,000 tensors every object more is felt."""
         header = self.entry.header
@@ -286,7 +298,7 @@ class Stored:
             return np.empty(shape, dtype)
         return np.ndarray(shape, dtype, self.entry.memory, header.places[number])
 
-    @cached_property
+    @once
     def _kinds(self) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and element type of each kind of tensor."""
         return [(shape, array_dtype(dtype)) for dtype, shape, _ in self.entry.header.kinds]
@@ -319,13 +331,14 @@ class Stored:
                 nbytes += size
                 if size > largest:  # a tensor's codes have its name
                     largest, name = size, key
-        if small:
-            with span("verify", nbytes, name):
-                if self._differing(small, self._address) is not None:
+            if nbytes > _TOGETHER:  # all of an entry, perhaps: Ctrl-C is to be answered in between
+                if not self._compare(small, nbytes, name):
                     return False
-            self._fine.update(small)
-            if not big:
-                return True
+                small, nbytes, largest = [], 0, -1
+        if small and not self._compare(small, nbytes, name):
+            return False
+        if not big:
+            return True
         if self._pool.process != os.getpid():
             return all(self.entry.intact(key) for key in big)
         with self._lock:
@@ -337,15 +350,18 @@ class Stored:
 
         Args:
             keys: which.
-            base: where the first byte of the file is, or would be if it were mapped in front of what is in a buffer.
+            base: where the first byte of the file is, or would be if it were mapped in front of what is in a buffer. At the reference level
+                what is mapped is compared.
         """
+        header = self.entry.header
         if self._expected is None:
-            return next((key for key in keys if not self.entry.intact(key)), None)
-        numbers = self.entry.header.numbers
+            memory, slots, offsets = self.entry.memory, header.slots, header.offsets
+            return next((key for key in keys if slot_digest(memory, slots[key], offsets[key]) != header.digest_of(key)), None)
+        numbers = header.numbers
         first = self._expected.differs(base, [numbers[key] for key in keys])
         return keys[first] if first < len(keys) else None
 
-    @cached_property
+    @once
     def _expected(self) -> Expected | None:
         """What all tensors are compared with; None at the reference level, where there is nothing to do it."""
         header = self.entry.header
@@ -353,7 +369,7 @@ class Stored:
             return None
         return Expected(header.places, header.sizes, [header.kinds[kind][2] for kind in header.kind], header.wanted)
 
-    @cached_property
+    @once
     def _is_cold(self) -> bool:
         """Whether some of the entry had to come from disk when something was first asked of it."""
         return not is_cached(self._address, len(self.entry.memory))
@@ -409,7 +425,7 @@ class Stored:
         # what is brought at a time, as (first byte, the one behind the last): whole chunks of one tensor, or all of several
         each = max(1, _PIECE // slots[0].chunk) * slots[0].chunk if len(keys) == 1 else stop - start
         pieces = [(begin, min(begin + each, stop)) for begin in range(start, stop, each or 1)]
-        check = Check(self, keys[0], slots[0].chunk, slots[0].chunks)
+        check = Check(self, keys[0], slots[0].chunk, slots[0].chunks if len(keys) == 1 else 0)
         cached = is_cached(self._address + start, stop - start)
         if not cached:
             self._unread += len(pieces)

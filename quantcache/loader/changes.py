@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from quantcache.errors import SourceError, UsageError, shorten
 from quantcache.loader.lora import CONFIG, Adapter, Module, by_pattern
 from quantcache.loader.names import SCHEMES, from_gguf, turned_by_gguf
 from quantcache.loader.source import Source
+from quantcache.once import once
 from quantcache.quant.merge import VERSION
 from quantcache.tensor import TensorInfo
 
@@ -278,7 +278,7 @@ class _Finder:
 
     # both are made when they are first needed: a load without an adapter looks for nothing
 
-    @cached_property
+    @once
     def _ends(self) -> dict[str, list[str]]:
         """Names by what is left of them without the modules that may wrap a model."""
         found: dict[str, list[str]] = {}
@@ -287,7 +287,7 @@ class _Finder:
                 found.setdefault(end, []).append(name)
         return found
 
-    @cached_property
+    @once
     def _flat(self) -> dict[str, list[str]]:
         """Names of weights by their path, its dots made underscores, with and without the modules that may wrap it."""
         found: dict[str, list[str]] = {}

@@ -111,6 +111,15 @@ class MappedFile:
         """Have the system read a range into the page cache, without waiting for it."""
         will_need(self.address + offset, nbytes)
 
+    def bring(self, offset: int, nbytes: int) -> None:
+        """Fault in what a header has; of a cold file no more than that.
+
+        Raises:
+            SourceError: the disk failed, or the file has become shorter.
+        """
+        self.will_need(offset, nbytes)
+        self.populate(offset, nbytes)
+
     def begin_reading(self, nbytes: int) -> None:
         """Have the first bytes of a cold file read, and return at once: even to ask for that many takes milliseconds."""
         if self.is_cold:
@@ -124,9 +133,18 @@ class MappedFile:
 
     def changed(self) -> bool:
         """Return whether the path now leads to other content than was opened, as far as stat() tells."""
+        return not self._is_still(self._now(), "st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+
+    def rewritten(self) -> bool:
+        """Return whether what is mapped was written to since it was opened, as far as its path tells: one that leads elsewhere does not."""
+        now = self._now()
+        return self._is_still(now, "st_dev", "st_ino") and not self._is_still(now, "st_size", "st_mtime_ns")
+
+    def _now(self) -> os.stat_result | None:
         try:
-            now = os.stat(self.path)
+            return os.stat(self.path)
         except OSError:
-            return True
-        fields = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
-        return any(getattr(now, field) != getattr(self.stat, field) for field in fields)
+            return None
+
+    def _is_still(self, now: os.stat_result | None, *fields: str) -> bool:
+        return now is not None and all(getattr(now, field) == getattr(self.stat, field) for field in fields)

@@ -144,8 +144,7 @@ class Model(Mapping[str, Tensor]):
         An entry that cannot be moved away, or a second one that is damaged, is built again in memory.
         """
         assert self._cache is not None
-        moved = shard.quarantine(self._cache, why)
-        shard.start(self._cache if moved and store else None, time.time_ns())
+        shard.replace(self._cache, why, store=store)
         if shard.stored is None and shard.build is not None:
             shard.pipeline = self._pipeline([shard.build])
             self.hit = False
@@ -509,11 +508,10 @@ def load(
         options = Options(request, settings["mode"], settings["verify"], settings["threads"], progress, profile, pool, quantizer)
         shards = [Shard(source, options) for source in sources]
         try:
-            if not adapters:
-                if store is not None and all(shard.serve(store, seen_ns) for shard in shards):
-                    check_names(where, [(shard.source.path, shard.records) for shard in shards])
-                else:
-                    check_checkpoint(where, sources, names)
+            if not adapters and store is not None and all(shard.serve(store, seen_ns) for shard in shards):
+                check_names(where, [(shard.source.path, shard.records) for shard in shards])
+            elif not adapters:
+                check_checkpoint(where, sources, names)
             for shard in shards:
                 if shard.stored is None:
                     shard.start(store, seen_ns, first=shard is shards[0])
@@ -524,6 +522,8 @@ def load(
                     shard.pipeline.cancel()
                 elif shard.build is not None:
                     shard.build.drop()
+            if store is not None and own:
+                store.close()
             raise
     for shard in shards:
         if shard.entry is not None and store is not None:

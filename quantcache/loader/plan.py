@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from quantcache.errors import CodecError
 from quantcache.loader.changes import Change
 from quantcache.loader.recipe import Decision, Recipe
 from quantcache.loader.source import Source
+from quantcache.once import once
 from quantcache.quant.codec import Encoder, Part, Status, codec
 from quantcache.quant.floats import from_f32
 from quantcache.tensor import ITEMSIZE, TensorInfo
@@ -164,7 +164,7 @@ class Job:
             made.append(Slot(part.key, part.dtype, part.shape, chunk or 1, self.layer))
         self.slots = tuple(made)
 
-    @cached_property
+    @once
     def made_nbytes(self) -> int:
         """Bytes that are made of the source's, and not the source's own."""
         return 0 if self.copies else sum(slot.nbytes for slot in self.slots)

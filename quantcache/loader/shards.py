@@ -6,9 +6,9 @@ A stored tensor whose digest is wrong turns its shard from the first into the se
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from quantcache.cache.keeping import Early
 from quantcache.cache.key import Stamp, canonical, digest
 from quantcache.cache.locks import Lock
 from quantcache.cache.store import Cache
-from quantcache.errors import CacheError, StoreReadOnlyError
+from quantcache.errors import CacheError, SourceError, StoreReadOnlyError
 from quantcache.loader.ahead import Check, Pool, Stored, read_ahead
 from quantcache.loader.build import Build, Memory
 from quantcache.loader.digests import known_digest
@@ -28,6 +28,7 @@ from quantcache.loader.pipeline import Pipeline, Progress, default_threads
 from quantcache.loader.plan import Job, Request, native_names, plan
 from quantcache.loader.source import Source, is_plain
 from quantcache.loader.tiles import Quantizer
+from quantcache.once import once
 from quantcache.tensor import TensorInfo, array_dtype
 from quantcache.trace import Profile
 
@@ -70,6 +71,8 @@ class Shard:
 
     def __init__(self, source: Source, options: Options) -> None:
         self.source, self.options, self.request = source, options, options.request
+        #: why it can be served neither from the store nor from its file
+        self.failed: SourceError | None = None
         #: what `serve` found of the source's digest, if it looked for an entry; that need not be done again
         self._looked = ""
         self.stored: Stored | None = None
@@ -81,7 +84,7 @@ class Shard:
         self.lock = threading.RLock()
         self._asked: set[str] = set()  # native tensors that were read ahead
 
-    @cached_property
+    @once
     def native(self) -> dict[str, TensorInfo]:
         """The tensors that pass through as they are."""
         return {info.name: info for info in native_names(self.source.tensors.values(), self.request)}
@@ -158,6 +161,8 @@ class Shard:
         Raises:
             SourceError, Cancelled: it cannot be.
         """
+        if self.failed is not None:
+            raise self.failed
         assert self.build is not None and self.pipeline is not None
         task = self.pipeline.wait_for(self.build, name)
         return task.job.record(), {slot.key: _array(slot, task.target) for slot in task.job.slots}
@@ -172,36 +177,55 @@ class Shard:
             stored, records, build, pipeline = self.stored, self.records, self.build, self.pipeline
         if stored is not None:
             return records[name], stored.entry.header.slots, stored.entry.header.offsets, None
+        if self.failed is not None:
+            raise self.failed
         assert build is not None
         assert pipeline is not None
         task = pipeline.wait_for(build, name)
         return task.job.record(), {slot.key: slot for slot in task.job.slots}, task.target.offsets, task.job
 
-    def quarantine(self, cache: Cache, why: str) -> bool:
-        """Move the entry that serves it out of the way; return whether that could be done, or somebody else did it."""
-        entry = self.entry
+    def replace(self, cache: Cache, why: str, *, store: bool) -> None:
+        """Move the entry that serves it out of the way, and build it again: in memory, if it cannot be moved away or `store` is false.
+
+        Raises:
+            SourceError: the file cannot be read, or is not any more what it was.
+        """
+        entry, served = self.entry, self.records
         assert entry is not None
         self.stored = self.early = None
-        return entry.replaced() or cache.damaged(entry.key, why)
+        moved = entry.replaced() or cache.damaged(entry.key, why)
+        try:
+            if self.source.file.rewritten():
+                raise SourceError("was written to since it was opened", path=self.source.path)
+            for name, record in served.items():
+                info = self.source.tensors.get(name)
+                if info is None or (info.dtype, info.shape) != (record["dtype"], tuple(record["shape"])):
+                    raise SourceError("is not what it was when the file was opened", path=self.source.path, tensor=name)
+            self.start(cache if moved and store else None, time.time_ns())
+        except SourceError as error:
+            self.failed = error
+            raise
 
     def serve(self, cache: Cache, seen_ns: int) -> bool:
         """Serve the file without reading a byte of it, if its digest is known and the entry was made of a file of a plain format.
 
         Args:
-            cache, seen_ns: as for `start`.
+            cache, seen_ns: as for `start`; the load has no adapter.
+
+        Returns:
+            Whether it is served; else `start` is to be called.
         """
-        stamp, request = Stamp.of(self.source.file.stat), self.request
-        found = None if request.recipe.passes_elements or request.changes else cache.source_digest(stamp)
+        found = None if self.request.recipe.passes_elements else cache.source_digest(Stamp.of(self.source.file.stat))
         if found is None:
             return False
-        self._look(cache, stamp, seen_ns, found, reading={})
-        if self.stored is None:
+        entry = self._find(cache, found, {})
+        if entry is not None and not is_plain(entry.header.built.get("format")):
+            return False  # the entry may be right, but only the file says so
+        if entry is None or not self._adopt(cache, entry):
             self._looked = found
-        elif not is_plain(self.stored.entry.header.built.get("format")):  # the entry may be right, but the file has to say so
-            self.stored, self.records = None, {}
-        else:
-            self.native = {}
-        return self.stored is not None
+            return False
+        self.native = {}  # of a plain format none passes by its type, and by this recipe none for another reason
+        return True
 
     def start(self, cache: Cache | None, seen_ns: int, *, first: bool = False) -> None:
         """Find the entry, or prepare the build that makes it.
@@ -274,33 +298,33 @@ class Shard:
             self.source.file.begin_reading(_BEFORE_PLAN)
         return plan(self.source, self.request)
 
-    def _look(
-        self,
-        cache: Cache,
-        stamp: Stamp,
-        seen_ns: int,
-        found: str | None,
-        announced: str = "",
-        reading: Mapping[str, Any] | None = None,
-    ) -> str | None:
+    def _look(self, cache: Cache, stamp: Stamp, seen_ns: int, found: str | None, announced: str = "") -> str | None:
         """Find the entry, or what its builder has announced; return the source's digest, `found` if it is known, else if it had to be taken."""
         source, options = self.source, self.options
         found = found or cache.source_digest(stamp)
         if found is None and cache.knows(source.fingerprint):
             found = known_digest(source, cache, options.threads or default_threads(), seen_ns)
-        if found is None or options.mode == "refresh":
-            return found
-        document = self.request.key_document(found, source.file.nbytes, source.reading() if reading is None else reading)
-        entry = cache.find_staged(document, announced) if announced else cache.find(document)
-        if entry is not None:
-            stored = Stored(entry, options.pool, check=options.verify != "off")
-            if options.verify == "open" and not stored.intact(entry.header.slots):
-                if not announced:  # else it is not in the store yet: who built it will say what became of it
-                    wrong = next((key for key in entry.header.slots if not stored.intact([key])), "")
-                    cache.damaged(entry.key, f"tensor {wrong!r} is not what was stored")
-                return found
-            self.stored, self.records = stored, {record["name"]: record for record in entry.header.records}
+        if found is not None and (entry := self._find(cache, found, source.reading(), announced)) is not None:
+            self._adopt(cache, entry, announced=bool(announced))
         return found
+
+    def _find(self, cache: Cache, found: str, reading: Mapping[str, Any], announced: str = "") -> StoredEntry | None:
+        """Return the entry of a source of that digest, or what its builder has announced, if the load may use one."""
+        if self.options.mode == "refresh":
+            return None
+        document = self.request.key_document(found, self.source.file.nbytes, reading)
+        return cache.find_staged(document, announced) if announced else cache.find(document)
+
+    def _adopt(self, cache: Cache, entry: StoredEntry, *, announced: bool = False) -> bool:
+        """Serve the file from an entry, unless all of it is to be checked now and something is wrong."""
+        stored = Stored(entry, self.options.pool, check=self.options.verify != "off")
+        if self.options.verify == "open" and not stored.intact(entry.header.slots):
+            if not announced:  # else it is not in the store yet: who built it will say what became of it
+                wrong = next((key for key in entry.header.slots if not stored.intact([key])), "")
+                cache.damaged(entry.key, f"tensor {wrong!r} is not what was stored")
+            return False
+        self.stored, self.records = stored, {record["name"]: record for record in entry.header.records}
+        return True
 
 
 class DamagedError(Exception):

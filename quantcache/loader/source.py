@@ -12,7 +12,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from quantcache.errors import SourceError, SourceNotFoundError, UsageError
 from quantcache.loader.mapping import MappedFile
 from quantcache.loader.names import runtime_names
 from quantcache.memory import HEAD
+from quantcache.once import once
 from quantcache.quant.blocks import VERSION as BLOCKS_VERSION
 from quantcache.quant.blocks import to_little_endian
 from quantcache.tensor import BLOCKS, ITEMSIZE, TensorInfo, array_dtype
@@ -132,10 +133,10 @@ class Source:
 
     Args:
         path: the file.
-        later: no byte is read before something is asked of it; the errors come then, too.
+        later: no byte is read before something is asked of it, and what is wrong with its content is said then.
 
     Raises:
-        SourceError: it is no model, or its header cannot be true.
+        SourceError: it cannot be opened, is no model, or its header cannot be true.
     """
 
     def __init__(self, path: Path, *, later: bool = False) -> None:
@@ -149,9 +150,9 @@ class Source:
     def _tensors(self) -> dict[str, TensorInfo]:
         return {info.name: info for info in self._parsed[1].tensors}
 
-    @cached_property
+    @once
     def _parsed(self) -> tuple[Format, Header]:
-        self.file.will_need(0, min(self.file.nbytes, HEAD))
+        self.file.bring(0, min(self.file.nbytes, HEAD))
         head = self.file.bytes[:64].tobytes()
         for known in _formats():
             if known.recognizes(head):
@@ -163,7 +164,7 @@ class Source:
             hint="PyTorch .pth/.bin checkpoints can execute code when read: convert them to .safetensors first",
         )
 
-    @cached_property
+    @once
     def tensors(self) -> dict[str, TensorInfo]:
         """Its tensors by name, in the order of the file."""
         return self._tensors()
@@ -183,11 +184,14 @@ class Source:
         """Whether every number in it is, tensors' included."""
         return self._parsed[1].big_endian
 
-    @cached_property
+    @once
     def fingerprint(self) -> str:
         """What may tell its content from another's without reading all of it; see quantcache.cache.key."""
-        for start, stop in samples(self.file.nbytes):  # all at once: a cold file would have each fault read megabytes around itself
+        wanted = samples(self.file.nbytes)
+        for start, stop in wanted:  # all at once: a cold file would have each fault read megabytes around itself
             self.file.will_need(start, stop - start)
+        for start, stop in wanted:
+            self.file.populate(start, stop - start)
         return fingerprint(self.file.memory)
 
     def reading(self) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import CodecError
+from quantcache.once import once
 from quantcache.quant import native
 from quantcache.quant.codec import Call, Status, import_codecs
 from quantcache.quant.floats import from_f32
@@ -81,7 +81,7 @@ class BlockType:
     tables: Array | None = None
     shader: BlockShader | None = None
 
-    @cached_property  # what is made of a shader is kept by it
+    @once  # what is made of a shader is kept by it
     def weight_shader(self) -> WeightShader | None:
         """How a GPU gets at the weights; None if it does not."""
         if self.shader is None:

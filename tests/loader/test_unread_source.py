@@ -18,6 +18,7 @@ from quantcache.cache import key
 from quantcache.loader import mapping
 from quantcache.loader.formats.gguf import Gguf
 from quantcache.loader.formats.safetensors import Safetensors
+from quantcache.loader.source import Source
 
 Write = Callable[..., Path]
 
@@ -173,6 +174,104 @@ def test_damage_is_said_once(tmp_path: Path, mode: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             load(path, tmp_path / "c")  # so that there is one again
+
+
+def damage(cache: Path) -> None:
+    """Flip a bit of the last stored tensor, of the only entry."""
+    (entry,) = cache.glob("v1/entries/*/*.safetensors")
+    raw = bytearray(entry.read_bytes())
+    raw[-1] ^= 1
+    entry.write_bytes(raw)
+
+
+@pytest.mark.parametrize("mode", ["auto", "readonly"])
+@pytest.mark.parametrize("change", ["cut", "emptied", "other shapes", "other names", "other values"])
+def test_damage_after_the_file_was_written_to(tmp_path: Path, mode: str, change: str) -> None:
+    """What cannot be had from the store, nor of the file as it was, is an error, however often it is asked for; nothing is mixed."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": weight(0), "b.weight": weight(1)}, path)
+    _, right = load(path, tmp_path / "c")
+    save_file(
+        {f"{name}.weight{'.other' * (change == 'other names')}": weight(n + 2).reshape((128, 64) if change == "other shapes" else (64, 128))
+         for n, name in enumerate("ab")},
+        tmp_path / "other",
+    )  # fmt: skip
+    damage(tmp_path / "c")
+    with warnings.catch_warnings(), qc.load(path, "int8", cache=tmp_path / "c", mode=mode) as model:
+        warnings.simplefilter("ignore")
+        assert model.hit
+        first = model["a.weight"]
+        with path.open("r+b") as file:
+            file.write((tmp_path / "other").read_bytes() if change.startswith("other") else b"")
+            file.truncate({"cut": 1000, "emptied": 0}.get(change, (tmp_path / "other").stat().st_size))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        for _ in range(2):
+            with pytest.raises(qc.SourceError, match="was written to since it was opened"):
+                model["b.weight"]
+        assert isinstance(first, qc.QuantTensor)
+        assert first.parts["codes"].tobytes() == right["a.weight"]
+
+
+@pytest.mark.parametrize("become", ["deleted", "replaced"])
+def test_damage_after_the_file_went(tmp_path: Path, become: str) -> None:
+    """A file that is gone is mapped still: what is damaged is quantized of it as it was."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": weight(0), "b.weight": weight(1)}, path)
+    _, right = load(path, tmp_path / "c")
+    damage(tmp_path / "c")
+    with warnings.catch_warnings(), qc.load(path, "int8", cache=tmp_path / "c") as model:
+        warnings.simplefilter("ignore")
+        path.unlink()
+        if become == "replaced":
+            save_file({"z.weight": weight(9)}, path)
+        assert {name: tensor.parts["codes"].tobytes() for name, tensor in model.items() if isinstance(tensor, qc.QuantTensor)} == right
+
+
+def test_a_file_that_was_cut_is_said(tmp_path: Path) -> None:
+    """A file that becomes shorter between being opened and read is an error, and no signal."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": weight(0)}, path)
+    for ask in (lambda source: source.tensors, lambda source: source.fingerprint):
+        path.write_bytes(path.read_bytes())
+        source = Source(path, later=True)
+        whole = path.read_bytes()
+        os.truncate(path, 0)
+        with pytest.raises(qc.SourceError, match="shorter"):
+            ask(source)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("level", ["reference", "auto"])
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_everything_is_checked_once(
+    tmp_path: Path, write_gguf: Write, kernel_level: Callable[[str], None], suffix: str, level: str
+) -> None:
+    """A load that checks all of an entry reads it once, whoever has to say what the file is."""
+    path = tmp_path / f"m.{suffix}"
+    tensors = {f"blk.{n}.attn_output.weight": weight(n) for n in range(3)}
+    if suffix == "gguf":
+        write_gguf(path, tensors, {"general.architecture": "llama"})
+    else:
+        save_file(tensors, path)
+    load(path, tmp_path / "c")
+    if level != "auto":
+        kernel_level(level)
+    with qc.load(path, "int8", cache=tmp_path / "c", verify="open") as model:
+        assert model.hit
+        assert model.profile.nbytes["verify"] == model.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="descriptors cannot be counted here")
+def test_a_load_that_fails_holds_nothing(tmp_path: Path) -> None:
+    """A file that is no model leaves no descriptor open."""
+    (tmp_path / "m.safetensors").write_bytes(b"no model at all")
+    before = len(os.listdir("/proc/self/fd"))
+    kept = []
+    for _ in range(5):
+        with pytest.raises(qc.SourceError) as caught:
+            load(tmp_path / "m.safetensors", tmp_path / "c")
+        kept.append(caught)
+    assert len(os.listdir("/proc/self/fd")) <= before + 5  # a mapping has one, up to Python 3.12
 
 
 def test_wrong_choice_of_names(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class Safetensors(Format):
             )
         if length > MAX_HEADER:
             raise SourceError(f"the header claims {length} bytes, the limit is {MAX_HEADER}", path=file.path, offset=0)
-        file.will_need(8, length)
+        file.bring(8, length)
         header = _load_json(file.bytes[8 : 8 + length].tobytes(), file.path, "the header", 8)
         if not isinstance(header, dict):
             raise SourceError("the header is not a JSON object", path=file.path, offset=8)
