@@ -220,15 +220,16 @@ def build_header(
         "records": records,
         "built": dict(built),
     }
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt", "quantcache": canonical(own), "quantcache.header": _ZEROS}
-    }
+    metadata = {"format": "pt", "quantcache": canonical(own), "quantcache.header": _ZEROS}
+    own.clear()  # of 20,000 tensors, every copy takes megabytes
+    # as json.dumps would have it, which needs three objects a tensor for it
+    opening = {kind: f':{{"dtype":"{kind[0]}","shape":[{",".join(map(str, kind[1]))}],"data_offsets":[' for kind in kinds}
+    members = [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}']
     for slot in slots:
         begin = offsets[slot.key]
-        header[slot.key] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [begin, begin + slot.nbytes]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    header.clear()  # of 20,000 tensors, header and text take 20 MB each
-    own.clear()
+        members.append(f"{json.dumps(slot.key)}{opening[_kind(slot)]}{begin},{begin + slot.nbytes}]}}")
+    text = f"{{{','.join(members)}}}".encode()
+    members.clear()
     if length is None:
         length = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
     if 8 + len(text) > length:

@@ -31,9 +31,11 @@ from quantcache.errors import CorruptEntryError, StoreTooNewError
 
 ITEMSIZE = {"U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "F32": 4, "U32": 4, "I64": 8, "F64": 8}
 
+#: what is in names
+ODD = ["", '"', "\\", "é", "\n", "😀", '","quantcache.header":"']
 shapes = st.lists(st.integers(0, 70), max_size=3).map(tuple)
 slot_lists = st.lists(st.tuples(st.sampled_from(sorted(ITEMSIZE)), shapes, st.integers(0, 3)), max_size=12).map(
-    lambda found: [Slot(f"t{n}", dtype, shape, 4096, layer) for n, (dtype, shape, layer) in enumerate(found)]
+    lambda found: [Slot(f"t{n}{ODD[n % len(ODD)]}", dtype, shape, 4096, layer) for n, (dtype, shape, layer) in enumerate(found)]
 )
 
 
