@@ -133,18 +133,9 @@ class MappedFile:
 
     def changed(self) -> bool:
         """Return whether the path now leads to other content than was opened, as far as stat() tells."""
-        return not self._is_still(self._now(), "st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
-
-    def rewritten(self) -> bool:
-        """Return whether what is mapped was written to since it was opened, as far as its path tells: one that leads elsewhere does not."""
-        now = self._now()
-        return self._is_still(now, "st_dev", "st_ino") and not self._is_still(now, "st_size", "st_mtime_ns")
-
-    def _now(self) -> os.stat_result | None:
         try:
-            return os.stat(self.path)
+            now = os.stat(self.path)
         except OSError:
-            return None
-
-    def _is_still(self, now: os.stat_result | None, *fields: str) -> bool:
-        return now is not None and all(getattr(now, field) == getattr(self.stat, field) for field in fields)
+            return True
+        fields = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+        return any(getattr(now, field) != getattr(self.stat, field) for field in fields)

@@ -23,7 +23,7 @@ from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, SourceError, StoreReadOnlyError
 from quantcache.loader.ahead import Check, Pool, Stored, read_ahead
 from quantcache.loader.build import Build, Memory
-from quantcache.loader.digests import known_digest
+from quantcache.loader.digests import known_digest, source_digest
 from quantcache.loader.pipeline import Pipeline, Progress, default_threads
 from quantcache.loader.plan import Job, Request, native_names, plan
 from quantcache.loader.source import Source, is_plain
@@ -190,17 +190,15 @@ class Shard:
         Raises:
             SourceError: the file cannot be read, or is not any more what it was.
         """
-        entry, served = self.entry, self.records
+        source, entry = self.source, self.entry
         assert entry is not None
         self.stored = self.early = None
         moved = entry.replaced() or cache.damaged(entry.key, why)
         try:
-            if self.source.file.rewritten():
-                raise SourceError("was written to since it was opened", path=self.source.path)
-            for name, record in served.items():
-                info = self.source.tensors.get(name)
-                if info is None or (info.dtype, info.shape) != (record["dtype"], tuple(record["shape"])):
-                    raise SourceError("is not what it was when the file was opened", path=self.source.path, tensor=name)
+            if source.file.changed():  # it may only have been moved or touched: what is mapped says so
+                found = source_digest(source, self.options.threads or default_threads())
+                if found != entry.header.document["source"]["digest"]:
+                    raise SourceError("was written to since it was opened", path=source.path)
             self.start(cache if moved and store else None, time.time_ns())
         except SourceError as error:
             self.failed = error
