@@ -281,9 +281,9 @@ class Stored:
     def _cached(self, key: str) -> bool:
         return is_cached(self._address + self.entry.header.offsets[key], self.entry.header.slots[key].nbytes)
 
-    def _compare(self, keys: list[str], nbytes: int, name: str) -> bool:
-        """Return whether tensors of so many bytes are what was stored; the name is for the trace."""
-        with span("verify", nbytes, name):
+    def _compare(self, keys: list[str], nbytes: int) -> bool:
+        """Return whether tensors of so many bytes are what was stored."""
+        with span("verify", nbytes, min(keys, key=len)):  # of a weight's parts the codes have its name, the others more
             if self._differing(keys, self._address) is not None:
                 return False
         self._fine.update(keys)
@@ -319,23 +319,21 @@ class Stored:
         keys, big = list(keys), list[str]()
         if self._is_cold:
             self._ask_for(keys)
-        small, nbytes, largest, name, header = list[str](), 0, -1, "", self.entry.header
+        small, nbytes, header = list[str](), 0, self.entry.header
         for key in keys:
             if key in self._fine:
                 continue
             size = header.sizes[header.numbers[key]]
             if size >= _PIECE or key in self._tensors:
                 big.append(key)
-            else:
-                small.append(key)
-                nbytes += size
-                if size > largest:  # a tensor's codes have its name
-                    largest, name = size, key
+                continue
+            small.append(key)
+            nbytes += size
             if nbytes > _TOGETHER:  # all of an entry, perhaps: Ctrl-C is to be answered in between
-                if not self._compare(small, nbytes, name):
+                if not self._compare(small, nbytes):
                     return False
-                small, nbytes, largest = [], 0, -1
-        if small and not self._compare(small, nbytes, name):
+                small, nbytes = [], 0
+        if small and not self._compare(small, nbytes):
             return False
         if not big:
             return True

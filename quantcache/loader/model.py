@@ -27,7 +27,7 @@ from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheWarning, UsageError
 from quantcache.loader.ahead import Check, Pool
 from quantcache.loader.build import Build
-from quantcache.loader.changes import key_entry
+from quantcache.loader.changes import Change, key_entry
 from quantcache.loader.changes import resolve as resolve_changes
 from quantcache.loader.digests import known_digest
 from quantcache.loader.lora import Alpha, open_adapter, paired
@@ -494,9 +494,10 @@ def load(
         adapters = [open_adapter(*paired(given)) for given in lora or ()]
         where, files = find_checkpoint(path, names)
         sources = [Source(file, later=True) for file in files]
+        changes: Mapping[str, tuple[Change, ...]] = {}
         if adapters:  # what they change is found by name
             check_checkpoint(where, sources, names)
-        changes = resolve_changes(adapters, sources) if adapters else {}
+            changes = resolve_changes(adapters, sources)
         store, own = _open_cache(cache, settings["mode"])
         entries = [  # a load without a store needs no key
             key_entry(adapter, known_digest(adapter.source, store, settings["threads"] or default_threads(), seen_ns), changes)
