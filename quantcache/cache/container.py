@@ -309,8 +309,10 @@ def parse_header(head: bytes, file_nbytes: int) -> EntryHeader:
             raise StoreTooNewError(f"its header has layout {own['container']}, this program reads layouts up to {LAYOUT}")
         keys, kinds, kind, wanted = _columns(own["slots"]) if own["container"] > 1 else _columns_of_layout_1(head[8:start], own["digests"])
         size_of = [math.prod(shape) * _ITEMSIZE[dtype] for dtype, shape, _ in kinds]
-        for size, (_, shape, chunk) in zip(size_of, kinds, strict=True):
-            if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, size, chunk)) or not chunk or len(shape) > _MAX_AXES:
+        for dtype, shape, chunk in kinds:
+            # NumPy refuses what would be too large even if one size is 0
+            most = math.prod(max(size, 1) for size in shape) * _ITEMSIZE[dtype]
+            if not all(type(size) is int and size >= 0 for size in (*shape, chunk)) or not chunk or max(most, chunk) >= 1 << 63 or len(shape) > _MAX_AXES:
                 raise CorruptEntryError("a tensor cannot be of that size")
         if min(kind, default=0) < 0 or type(keys) is not list or not {type(key) for key in keys} <= {str} or type(own["built"]) is not dict:
             raise CorruptEntryError("the header says what cannot be")

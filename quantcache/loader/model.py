@@ -144,10 +144,8 @@ class Model(Mapping[str, Tensor]):
         An entry that cannot be moved away, or a second one that is damaged, is built again in memory.
         """
         assert self._cache is not None
-        shard.replace(self._cache, why, store=store)
-        if shard.stored is None and shard.build is not None:
-            shard.pipeline = self._pipeline([shard.build])
-            self.hit = False
+        shard.replace(self._cache, why, self._pipeline, store=store)
+        self.hit = self.hit and shard.stored is not None
 
     def _pipeline(self, builds: list[Build]) -> Pipeline:
         options = self._options
@@ -499,16 +497,18 @@ def load(
             check_checkpoint(where, sources, names)
             changes = resolve_changes(adapters, sources)
         store, own = _open_cache(cache, settings["mode"])
-        entries = [  # a load without a store needs no key
-            key_entry(adapter, known_digest(adapter.source, store, settings["threads"] or default_threads(), seen_ns), changes)
-            for adapter in adapters
-            if store is not None
-        ]
-        request = Request(recipe, changes, tuple(entries), tuple((str(a.source.path.resolve()), a.alpha) for a in adapters), str(Path(path).resolve()))
-        pool = Pool(settings["threads"] or default_threads(), profile)
-        options = Options(request, settings["mode"], settings["verify"], settings["threads"], progress, profile, pool, quantizer)
-        shards = [Shard(source, options) for source in sources]
+        shards: list[Shard] = []
         try:
+            entries = [  # a load without a store needs no key
+                key_entry(adapter, known_digest(adapter.source, store, settings["threads"] or default_threads(), seen_ns), changes)
+                for adapter in adapters
+                if store is not None
+            ]
+            given = tuple((str(adapter.source.path.resolve()), adapter.alpha) for adapter in adapters)
+            request = Request(recipe, changes, tuple(entries), given, str(Path(path).resolve()))
+            pool = Pool(settings["threads"] or default_threads(), profile)
+            options = Options(request, settings["mode"], settings["verify"], settings["threads"], progress, profile, pool, quantizer)
+            shards += [Shard(source, options) for source in sources]
             if not adapters and store is not None and all(shard.serve(store, seen_ns) for shard in shards):
                 check_names(where, [(shard.source.path, shard.records) for shard in shards])
             elif not adapters:
@@ -523,6 +523,8 @@ def load(
                     shard.pipeline.cancel()
                 elif shard.build is not None:
                     shard.build.drop()
+            if quantizer is not None:
+                quantizer.close()
             if store is not None and own:
                 store.close()
             raise

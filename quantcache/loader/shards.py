@@ -71,8 +71,6 @@ class Shard:
 
     def __init__(self, source: Source, options: Options) -> None:
         self.source, self.options, self.request = source, options, options.request
-        #: why it can be served neither from the store nor from its file
-        self.failed: SourceError | None = None
         #: what `serve` found of the source's digest, if it looked for an entry; that need not be done again
         self._looked = ""
         self.stored: Stored | None = None
@@ -161,8 +159,6 @@ class Shard:
         Raises:
             SourceError, Cancelled: it cannot be.
         """
-        if self.failed is not None:
-            raise self.failed
         assert self.build is not None and self.pipeline is not None
         task = self.pipeline.wait_for(self.build, name)
         return task.job.record(), {slot.key: _array(slot, task.target) for slot in task.job.slots}
@@ -177,32 +173,54 @@ class Shard:
             stored, records, build, pipeline = self.stored, self.records, self.build, self.pipeline
         if stored is not None:
             return records[name], stored.entry.header.slots, stored.entry.header.offsets, None
-        if self.failed is not None:
-            raise self.failed
         assert build is not None
         assert pipeline is not None
         task = pipeline.wait_for(build, name)
         return task.job.record(), {slot.key: slot for slot in task.job.slots}, task.target.offsets, task.job
 
-    def replace(self, cache: Cache, why: str, *, store: bool) -> None:
-        """Move the entry that serves it out of the way, and build it again: in memory, if it cannot be moved away or `store` is false.
+    def replace(self, cache: Cache, why: str, run: Callable[[list[Build]], Pipeline], *, store: bool) -> None:
+        """Move the entry that serves it out of the way, and serve it from another that is there by now, or build it again.
+
+        It is built in memory if the entry cannot be moved away or `store` is false. Whatever goes wrong, all is as it was before.
+
+        Args:
+            cache: where the entry is.
+            why: it is replaced.
+            run: starts builds.
+            store: what is built is to be stored.
 
         Raises:
-            SourceError: the file cannot be read, or is not any more what it was.
+            SourceError: a file cannot be read, or is not any more what the entry was made of.
         """
-        source, entry = self.source, self.entry
-        assert entry is not None
+        stored, records = self.stored, self.records
+        assert stored is not None
         self.stored = self.early = None
-        moved = entry.replaced() or cache.damaged(entry.key, why)
         try:
-            if source.file.changed():  # it may only have been moved or touched: what is mapped says so
-                found = source_digest(source, self.options.threads or default_threads())
-                if found != entry.header.document["source"]["digest"]:
-                    raise SourceError("was written to since it was opened", path=source.path)
+            entry = stored.entry
+            moved = not entry.stands() or cache.damaged(entry.key, why)
+            again = cache.find(entry.header.document) if moved and store and self.options.mode != "refresh" else None
+            if again is not None and self._adopt(cache, again):
+                return
+            self._compare_files(entry.header.document)
             self.start(cache if moved and store else None, time.time_ns())
-        except SourceError as error:
-            self.failed = error
+            if self.build is not None:
+                self.pipeline = run([self.build])
+        except BaseException:
+            if self.build is not None:
+                self.build.drop()
+            self.stored, self.records, self.build, self.pipeline = stored, records, None, None
             raise
+
+    def _compare_files(self, document: Mapping[str, Any]) -> None:
+        """Compare what an entry was made of with files that may have changed since they were opened, or may only have been moved or touched.
+
+        Raises:
+            SourceError: one was written to, or has become shorter.
+        """
+        wanted = {document["source"]["digest"], *(adapter["digest"] for adapter in document["adapters"])}
+        for read in (self.source, *self.request.adapter_sources()):
+            if read.file.changed() and source_digest(read, self.options.threads or default_threads()) not in wanted:
+                raise SourceError("was written to since it was opened", path=read.path)
 
     def serve(self, cache: Cache, seen_ns: int) -> bool:
         """Serve the file without reading a byte of it, if its digest is known and the entry was made of a file of a plain format.

@@ -133,7 +133,7 @@ def test_newer_container(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         {"kind": [0, -1]}, {"kind": [0, 1]}, {"kind": [0]}, {"kind": [0, 0, 0]}, {"kind": [0, 0.0]}, {"kind": [0, "0"]},
         {"kinds": [["U8", [8], 1 << 63]]}, {"kinds": [["U8", [8], 8.0]]}, {"kinds": [["U8", [True, 8], 8]]}, {"kinds": [["U8", [8, *[1] * 64], 8]]},
-        {"kinds": [["U8", [1e308, 10**400], 8]]}, {"keys": "ab"}, {"keys": ["a", 7]}, {"kinds": [["U8", [-1, -8], 8]]},
+        {"kinds": [["U8", [1e308, 10**400], 8]]}, {"kinds": [["U8", [0, 1 << 62, 4], 8]]}, {"keys": "ab"}, {"keys": ["a", 7]}, {"kinds": [["U8", [-1, -8], 8]]},
         {"kinds": [["U8", [8], 0]]}, {"kinds": [["U7", [8], 8]]}, {"kinds": [["U8", ["8"], 8]]},
         {"keys": ["a", "a"]}, {"keys": ["a"]}, {"keys": ["a", ["b"]]}, {"digests": "00" * 31}, {"digests": "0" * 31}, {"digests": 7},
     ],

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 import quantcache as qc
 from quantcache.cache import key
-from quantcache.loader import mapping
+from quantcache.loader import mapping, shards
+from quantcache.loader import model as loader_model
 from quantcache.loader.formats.gguf import Gguf
 from quantcache.loader.formats.safetensors import Safetensors
 from quantcache.loader.source import Source
@@ -58,11 +59,16 @@ def sharded(folder: Path, names: list[str], *, index: bool) -> Path:
     return folder
 
 
+def codes(tensor: Any) -> bytes:
+    """Return a tensor's codes, or all of its bytes."""
+    found: bytes = (tensor.parts["codes"] if isinstance(tensor, qc.QuantTensor) else tensor).tobytes()
+    return found
+
+
 def load(path: Path, cache: Path, **options: Any) -> tuple[bool, dict[str, bytes]]:
     """Load all tensors; return whether it was a hit, and their codes."""
     with qc.load(path, "int8", cache=cache, **options) as model:
-        found = {name: tensor.parts["codes"].tobytes() if isinstance(tensor, qc.QuantTensor) else tensor.tobytes() for name, tensor in model.items()}
-        return model.hit, found
+        return model.hit, {name: codes(tensor) for name, tensor in model.items()}
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "readonly"}, {"verify": "open"}, {"verify": "off"}, {"names": "file"}], ids=str)
@@ -212,6 +218,83 @@ def test_damage_after_the_file_was_written_to(tmp_path: Path, mode: str, change:
         assert first.parts["codes"].tobytes() == right["a.weight"]
 
 
+def test_damage_after_an_adapter_was_written_to(tmp_path: Path) -> None:
+    """Neither is an adapter mixed in that is not any more what it was; one that was touched is what it was."""
+    save_file({"a.weight": weight(0), "b.weight": weight(1)}, tmp_path / "m.safetensors")
+    adapter = tmp_path / "adapter.safetensors"
+
+    def write(seed: int) -> None:
+        drawn = np.random.default_rng(seed)
+        save_file(
+            {f"base_model.model.{name}.lora_{side}.weight": drawn.standard_normal(shape).astype(np.float32)
+             for name in "ab" for side, shape in (("A", (4, 128)), ("B", (64, 4)))},
+            tmp_path / "new",
+        )  # fmt: skip
+        with adapter.open("r+b" if adapter.exists() else "wb") as file:
+            file.write((tmp_path / "new").read_bytes())
+
+    write(0)
+    _, right = load(tmp_path / "m.safetensors", tmp_path / "c", lora=[(adapter, 8)])
+    for change in ("touched", "written to"):
+        damage(tmp_path / "c")
+        with warnings.catch_warnings(), qc.load(tmp_path / "m.safetensors", "int8", cache=tmp_path / "c", lora=[(adapter, 8)]) as model:
+            warnings.simplefilter("ignore")
+            assert model.hit
+            if change == "touched":
+                os.utime(adapter)
+                assert {name: codes(tensor) for name, tensor in model.items()} == right
+            else:
+                write(1)
+                with pytest.raises(qc.SourceError, match="was written to since it was opened"):
+                    model["b.weight"]
+        write(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load(tmp_path / "m.safetensors", tmp_path / "c", lora=[(adapter, 8)])  # so that there is an entry again
+
+
+def test_another_entry_is_there_by_now(tmp_path: Path) -> None:
+    """If somebody else has built the damaged entry again, nobody asks the file."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": weight(0), "b.weight": weight(1)}, path)
+    _, right = load(path, tmp_path / "c")
+    (entry,) = (tmp_path / "c").glob("v1/entries/*/*.safetensors")
+    whole = entry.read_bytes()
+    damage(tmp_path / "c")
+    with qc.load(path, "int8", cache=tmp_path / "c") as model:
+        entry.unlink()
+        entry.write_bytes(whole)
+        path.write_bytes(bytes(path.stat().st_size))
+        assert {name: codes(tensor) for name, tensor in model.items()} == right
+        assert model.hit
+
+
+@pytest.mark.parametrize("where", ["digest", "plan", "threads"])
+@pytest.mark.parametrize("what", [KeyboardInterrupt, MemoryError])
+def test_interrupted_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: type[BaseException]) -> None:
+    """Whatever interrupts it, the next who asks gets the tensor, and no lock or temp file stays."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": weight(0), "b.weight": weight(1)}, path)
+    _, right = load(path, tmp_path / "c")
+    damage(tmp_path / "c")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise what
+
+    with warnings.catch_warnings(), qc.load(path, "int8", cache=tmp_path / "c") as model:
+        warnings.simplefilter("ignore")
+        os.utime(path)
+        with monkeypatch.context() as patched:
+            patched.setattr(*{
+                "digest": (shards, "source_digest"), "plan": (shards, "plan"), "threads": (loader_model, "Pipeline"),
+            }[where], interrupted)  # fmt: skip
+            with pytest.raises(what):
+                model["b.weight"]
+        assert not list((tmp_path / "c").glob("v1/tmp/*"))
+        assert {name: codes(tensor) for name, tensor in model.items()} == right
+    assert load(path, tmp_path / "c")[1] == right
+
+
 @pytest.mark.parametrize("become", ["deleted", "replaced", "touched", "longer"])
 def test_damage_after_the_file_went(tmp_path: Path, become: str) -> None:
     """A file that is gone is mapped still, and one that was touched is what it was: what is damaged is quantized of it."""
@@ -230,7 +313,7 @@ def test_damage_after_the_file_went(tmp_path: Path, become: str) -> None:
             path.unlink()
         if become == "replaced":
             save_file({"z.weight": weight(9)}, path)
-        assert {name: tensor.parts["codes"].tobytes() for name, tensor in model.items() if isinstance(tensor, qc.QuantTensor)} == right
+        assert {name: codes(tensor) for name, tensor in model.items()} == right
 
 
 def test_a_file_that_was_cut_is_said(tmp_path: Path) -> None:
