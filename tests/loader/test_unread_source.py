@@ -114,6 +114,14 @@ def test_index_that_has_become_wrong(tmp_path: Path) -> None:
         load(folder, tmp_path / "c")
 
 
+def test_index_that_changes_meanwhile(tmp_path: Path) -> None:
+    """An index that names another file than was opened is refused as one that is wrong."""
+    folder = sharded(tmp_path / "m", ["a.weight", "b.weight"], index=True)
+    first, _ = sorted(folder.glob("*.safetensors"))
+    with pytest.raises(qc.SourceError, match="puts it here, but it is not"):
+        Safetensors().check_names(folder, {first: ["a.weight"]})
+
+
 def test_tensor_that_stands_twice(tmp_path: Path) -> None:
     """Two known files with a tensor of one name are no checkpoint."""
     folder = sharded(tmp_path / "m", ["a.weight", "b.weight"], index=False)

@@ -145,8 +145,8 @@ class Safetensors(Format):
             return
         files = {file.name: file for file in held}
         for name, shard in _weight_map(path).items():
-            if name not in held[files[shard]]:
-                raise SourceError(f"the index {path.name} puts it here, but it is not", path=files[shard], tensor=name)
+            if shard not in files or name not in held[files[shard]]:  # the index may have changed since its files were opened
+                raise SourceError(f"the index {path.name} puts it here, but it is not", path=path.parent / shard, tensor=name)
 
 
 def _index_of(folder: Path) -> Path | None:
