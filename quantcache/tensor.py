@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from quantcache.errors import CodecError, UsageError
 
-__all__ = ["BLOCKS", "ITEMSIZE", "PartSize", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype", "output_for"]
+__all__ = ["BLOCKS", "ITEMSIZE", "PartSize", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype", "output_for", "unit"]
 
 #: Bytes per element of every safetensors element type that is whole bytes.
 ITEMSIZE: Mapping[str, int] = {
@@ -130,6 +130,15 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     raw = np.empty(nbytes + _LINE, np.uint8)
     start = -raw.__array_interface__["data"][0] % _LINE
     return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def unit(dtype: str) -> tuple[int, int]:
+    """Return how many weights of a type stand together, and in how many bytes: (1, 2) for "F16", (256, 144) for "Q4_K".
+
+    Raises:
+        KeyError: the type is unknown.
+    """
+    return BLOCKS.get(dtype) or (1, ITEMSIZE[dtype])
 
 
 @dataclass(frozen=True, slots=True)

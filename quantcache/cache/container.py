@@ -208,13 +208,14 @@ def build_header(
     offsets, _ = arrange(slots)
     slots.sort(key=lambda slot: (offsets[slot.key], slot.nbytes))
     kinds = {kind: number for number, kind in enumerate(dict.fromkeys(map(_kind, slots)))}
+    numbers = [kinds[_kind(slot)] for slot in slots]
     own = {
         "container": LAYOUT,
         "document": document,
         "slots": {
             "keys": [slot.key for slot in slots],
             "kinds": list(kinds),
-            "kind": [kinds[_kind(slot)] for slot in slots],
+            "kind": numbers,
             "digests": "".join([digests[slot.key] for slot in slots]),
         },
         "records": records,
@@ -223,11 +224,11 @@ def build_header(
     metadata = {"format": "pt", "quantcache": canonical(own), "quantcache.header": _ZEROS}
     own.clear()  # of 20,000 tensors, every copy takes megabytes
     # as json.dumps would have it, which needs three objects a tensor for it
-    opening = {kind: f':{{"dtype":"{kind[0]}","shape":[{",".join(map(str, kind[1]))}],"data_offsets":[' for kind in kinds}
+    opening = [f':{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":[' for dtype, shape, _ in kinds]
     members = [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}']
-    for slot in slots:
+    for slot, number in zip(slots, numbers, strict=True):
         begin = offsets[slot.key]
-        members.append(f"{json.dumps(slot.key)}{opening[_kind(slot)]}{begin},{begin + slot.nbytes}]}}")
+        members.append(f"{json.dumps(slot.key)}{opening[number]}{begin},{begin + slot.nbytes}]}}")
     text = f"{{{','.join(members)}}}".encode()
     members.clear()
     if length is None:

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.cache.blobs import Reader, StoredEntry
-from quantcache.cache.container import slot_digest
 from quantcache.cache.key import combine
 from quantcache.errors import SourceError
 from quantcache.loader.mapping import MappedFile
@@ -351,11 +350,9 @@ class Stored:
             base: where the first byte of the file is, or would be if it were mapped in front of what is in a buffer. At the reference level
                 what is mapped is compared.
         """
-        header = self.entry.header
         if self._expected is None:
-            memory, slots, offsets = self.entry.memory, header.slots, header.offsets
-            return next((key for key in keys if slot_digest(memory, slots[key], offsets[key]) != header.digest_of(key)), None)
-        numbers = header.numbers
+            return next((key for key in keys if not self.entry.matches(key)), None)
+        numbers = self.entry.header.numbers
         first = self._expected.differs(base, [numbers[key] for key in keys])
         return keys[first] if first < len(keys) else None
 
@@ -420,10 +417,10 @@ class Stored:
         header, memory = self.entry.header, self.entry.memory
         slots, start = [header.slots[key] for key in keys], header.offsets[keys[0]]
         stop = header.offsets[keys[-1]] + slots[-1].nbytes
+        check = Check(self, keys[0], slots[0].chunk, slots[0].chunks) if len(keys) == 1 else None
         # what is brought at a time, as (first byte, the one behind the last): whole chunks of one tensor, or all of several
-        each = max(1, _PIECE // slots[0].chunk) * slots[0].chunk if len(keys) == 1 else stop - start
-        pieces = [(begin, min(begin + each, stop)) for begin in range(start, stop, each or 1)]
-        check = Check(self, keys[0], slots[0].chunk, slots[0].chunks if len(keys) == 1 else 0)
+        step = stop - start if check is None else max(1, _PIECE // check.chunk) * check.chunk
+        pieces = [(begin, min(begin + step, stop)) for begin in range(start, stop, step or 1)]
         cached = is_cached(self._address + start, stop - start)
         if not cached:
             self._unread += len(pieces)
@@ -435,13 +432,14 @@ class Stored:
                 return False
             if not self._check:
                 return True
-            if len(keys) == 1:
-                check.feed(begin - start, found)
-                wrong = None if not check.whole() or check.passed() else keys[0]
-            else:
+            if check is None:
                 with span("verify", end - begin, keys[0]):
                     wrong = self._differing(keys, address(np.frombuffer(found, np.uint8)) - begin)
-            self.wrong = wrong or self.wrong
+            else:
+                check.feed(begin - start, found)
+                wrong = keys[0] if check.whole() and not check.passed() else None
+            if wrong is not None:
+                self.wrong = wrong
             return wrong is None
 
         tensor = _Bringing(len(pieces), work)

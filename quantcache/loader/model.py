@@ -39,7 +39,7 @@ from quantcache.loader.source import Source, check_checkpoint, check_names, find
 from quantcache.loader.tiles import Quantizer
 from quantcache.quant.blocks import dequantize
 from quantcache.quant.codec import codec, codec_ids
-from quantcache.tensor import BLOCKS, ITEMSIZE, PartSize, QuantTensor, TensorInfo
+from quantcache.tensor import PartSize, QuantTensor, TensorInfo, unit
 from quantcache.trace import Profile, span, working_for
 
 if TYPE_CHECKING:
@@ -326,8 +326,8 @@ class Model(Mapping[str, Tensor]):
                 continue
             record, slots, _, _ = shard.described(name)
             nbytes = sum(slots[key].nbytes for key in record["parts"].values())
-            block, block_nbytes = BLOCKS.get(record["dtype"]) or (1, ITEMSIZE[record["dtype"]])
-            source_nbytes = math.prod(record["shape"]) // block * block_nbytes
+            weights, unit_nbytes = unit(record["dtype"])
+            source_nbytes = math.prod(record["shape"]) // weights * unit_nbytes
             shape = _view_shape(record)
             reports.append(
                 TensorReport(name, record["codec"], record["dtype"], shape, nbytes, source_nbytes, record.get("reason", ""))
@@ -578,9 +578,9 @@ def _tensor(record: Mapping[str, Any], arrays: Mapping[str, Array]) -> Tensor:
 
 
 @cache
-def _in_order(parts: tuple[str, ...]) -> list[str]:
+def _in_order(parts: tuple[str, ...]) -> tuple[str, ...]:
     """Return names of parts, codes first: JSON does not keep the codec's order."""
-    return sorted(parts, key=lambda name: (name != "codes", name))
+    return tuple(sorted(parts, key=lambda name: (name != "codes", name)))
 
 
 def _native(source: Source, info: TensorInfo) -> Tensor:

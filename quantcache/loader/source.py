@@ -27,7 +27,7 @@ from quantcache.memory import HEAD
 from quantcache.once import once
 from quantcache.quant.blocks import VERSION as BLOCKS_VERSION
 from quantcache.quant.blocks import to_little_endian
-from quantcache.tensor import BLOCKS, ITEMSIZE, TensorInfo, array_dtype
+from quantcache.tensor import ITEMSIZE, TensorInfo, array_dtype, unit
 
 __all__ = ["Format", "Header", "Source", "check_checkpoint", "check_names", "find_checkpoint", "is_plain", "model_files", "open_checkpoint", "register"]
 
@@ -145,10 +145,7 @@ class Source:
         #: the scheme by which tensors were renamed, with its version; part of what an entry's bytes depend on
         self.names = ""
         if not later:
-            self.tensors = self._tensors()
-
-    def _tensors(self) -> dict[str, TensorInfo]:
-        return {info.name: info for info in self._parsed[1].tensors}
+            _ = self.tensors
 
     @once
     def _parsed(self) -> tuple[Format, Header]:
@@ -167,7 +164,7 @@ class Source:
     @once
     def tensors(self) -> dict[str, TensorInfo]:
         """Its tensors by name, in the order of the file."""
-        return self._tensors()
+        return {info.name: info for info in self._parsed[1].tensors}
 
     @property
     def format(self) -> str:
@@ -248,8 +245,8 @@ class Source:
             info: the tensor.
             start, stop: first weight and the one behind the last, at whole blocks.
         """
-        block, nbytes = BLOCKS[info.dtype] if info.is_block else (1, ITEMSIZE[info.dtype])
-        return info.offset + start // block * nbytes, info.offset + stop // block * nbytes
+        weights, nbytes = unit(info.dtype)
+        return info.offset + start // weights * nbytes, info.offset + stop // weights * nbytes
 
     def piece(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
         """Return the bytes of some weights, faulted in and little-endian; a view wherever that is possible.

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from quantcache.errors import SourceError, shorten
 from quantcache.loader.mapping import MappedFile
 from quantcache.loader.source import Format, Header, Source, model_files, register
-from quantcache.tensor import BLOCKS, ITEMSIZE, TensorInfo
+from quantcache.tensor import TensorInfo, unit
 
 #: GGML type number -> name. Element types go by their safetensors names.
 TYPES: dict[int, str] = {
@@ -334,7 +334,7 @@ def _tensor(reader: _Reader, alignment: int) -> _Described:
             reader.refuse(f"its shape {sizes} overflows", tensor=name)
         return name, f"GGML type {kind}", tuple(reversed(sizes)), None, offset
     dtype = TYPES[kind]
-    block, block_nbytes = BLOCKS[dtype] if dtype in BLOCKS else (1, ITEMSIZE[dtype])
+    block, block_nbytes = unit(dtype)
     row = sizes[0] if sizes else 1
     if row % block:
         reader.refuse(f"{dtype} needs rows of whole blocks of {block}, a row has {row}", tensor=name)
