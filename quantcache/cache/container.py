@@ -66,6 +66,7 @@ class Slot:
         shape: of the stored array.
         chunk: bytes of a piece of the digest; at least 1.
         layer: where it stands: slots of one layer are contiguous.
+        nbytes: stored size, if it is known.
     """
 
     key: str
@@ -73,12 +74,12 @@ class Slot:
     shape: tuple[int, ...]
     chunk: int
     layer: int = 0
-    #: stored size; kept, since planning asks for it a dozen times a slot
-    nbytes: int = field(init=False, compare=False)
+    nbytes: int = field(default=-1, compare=False)
 
     def __post_init__(self) -> None:
         """Find the size."""
-        self.nbytes = math.prod(self.shape) * _ITEMSIZE[self.dtype]
+        if self.nbytes < 0:
+            self.nbytes = math.prod(self.shape) * _ITEMSIZE[self.dtype]
 
     @property
     def chunks(self) -> int:
@@ -117,21 +118,21 @@ class _Slots(Mapping[str, Slot]):
     """Make the slots of a header when they are asked for: a model has thousands, of which a caller may want one."""
 
     def __init__(self, header: EntryHeader) -> None:
-        self._header = header
+        # not the header itself, which has this: both go when nobody has them, and not when Python looks for circles
+        self._numbers, self._kinds, self._kind = header.numbers, header.kinds, header.kind
         self._made: dict[str, Slot] = {}
 
     def __getitem__(self, key: str) -> Slot:
         found = self._made.get(key)
         if found is None:
-            header = self._header
-            found = self._made[key] = Slot(key, *header.kinds[header.kind[header.numbers[key]]])
+            found = self._made[key] = Slot(key, *self._kinds[self._kind[self._numbers[key]]])
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._header.keys)
+        return iter(self._numbers)
 
     def __len__(self) -> int:
-        return len(self._header.keys)
+        return len(self._numbers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,7 +25,7 @@ from quantcache.cache.key import Stamp, digest
 from quantcache.cache.locks import Lock
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError
-from quantcache.loader.digests import DigestBehind
+from quantcache.loader.digests import Claim, DigestBehind
 from quantcache.loader.plan import Job, Request
 from quantcache.loader.source import Source
 from quantcache.loader.tiles import Piece, Tile, whole_pieces
@@ -74,14 +75,22 @@ class Task:
         target: where it goes.
     """
 
-    __slots__ = ("active", "awaited", "build", "counted", "done", "job", "refused", "target", "waiting")
+    __slots__ = ("_build", "active", "awaited", "counted", "done", "job", "refused", "target", "waiting")
 
     def __init__(self, build: Build, job: Job, target: StagedEntry | Memory) -> None:
-        self.build, self.job, self.target = build, job, target
+        self._build = weakref.ref(build)  # which has the task: what a model holds is to go with it, and not when Python looks for circles
+        self.job, self.target = job, target
         self.active = 0  # tiles
         self.done = False
         self.awaited = False  # a caller waits for it
         self.rewind()
+
+    @property
+    def build(self) -> Build:
+        """Of which it is a part; the pipeline has it."""
+        found = self._build()
+        assert found is not None
+        return found
 
     def rewind(self) -> None:
         """Have all tiles done, from the first on."""
@@ -92,10 +101,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Hold tiles of one build that a thread quantizes together, and the buffers that what comes out lies in."""
+    """Hold tiles of one build that a thread quantizes together, the buffers that what comes out lies in, and what it digests of the source."""
 
     tiles: list[tuple[Task, Tile]]
     outputs: Arena
+    claims: list[Claim]
 
 
 @dataclass
@@ -185,7 +195,7 @@ def _write(pieces: list[tuple[Task, Piece]]) -> None:
     calls = Calls() if native.level() != "reference" else None
     written: list[tuple[StagedEntry, Piece]] = []
     for task, piece in pieces:
-        target, nbytes = task.target, piece.buffer.size
+        target, nbytes = task.target, piece.nbytes
         if calls is None or not nbytes or isinstance(target, Memory):
             with span("write", nbytes, task.job.info.name):
                 target.write(piece.key, piece.position, piece.buffer, piece.digest)

@@ -283,7 +283,7 @@ class Pipeline:
                     if _head(queue) is None:
                         continue
                     if self._spare:
-                        batch = Batch(self._take(queue), self._spare.pop())
+                        batch = self._take(queue)
                         return lambda work, batch=batch: self._quantize(batch, work)  # type: ignore[misc]
                     waiting = True
                 for build in self.builds if not waiting else ():
@@ -295,18 +295,19 @@ class Pipeline:
                         return lambda _, build=build: self._publish(build)  # type: ignore[misc]
                 self._todo.wait(0.5)
 
-    def _take(self, queue: deque[Task]) -> list[tuple[Task, Tile]]:
-        """Return the next tiles: small ones together, but alone at first and what is waited for, and few at the end.
+    def _take(self, queue: deque[Task]) -> Batch:
+        """Return the next tiles, with buffers for what comes out: small ones together, but alone at first and what is waited for, and few at the end.
 
         Of those that are quantized elsewhere, as many as go there at a time, with small ones that stand between: a digest needs its order.
         """
         build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
+        runs: list[tuple[int, int]] = []  # of the source, as they are taken
         room = spent = aside = 0
         if queue is self._urgent:  # what is left of the tensor is shared out
             job = queue[0].job
             most = min(_TOGETHER, len(queue[0].waiting) * job.tile * job.info.nbytes // max(1, job.size) // (3 * self._count))
         else:
-            most = min(_TOGETHER, self._done_nbytes // 8, (self._total[0] - self._done_nbytes) // (4 * self._count))
+            most = min(_TOGETHER, self._done_nbytes // 2, (self._total[0] - self._done_nbytes) // (2 * self._count))
         while (task := _head(queue)) is not None and task.build is build:
             job, cost = task.job, self._cost(task.job)
             if not taken:
@@ -314,23 +315,30 @@ class Pipeline:
             elif (room and not cost and aside + job.info.nbytes > _ASIDE) or (cost and not room):
                 break
             aside += 0 if cost else job.info.nbytes
+            into = task.target if isinstance(task.target, Memory) else None
             while task.waiting:
                 start = task.waiting[0]
                 stop = min(start + job.tile, job.size)
-                extent = build.source.extent(job.info, start, stop)
-                nbytes += extent[1] - extent[0]
-                made += job.made_nbytes * (stop - start) // max(1, job.size)
+                first, last = build.source.extent(job.info, start, stop)
+                nbytes += last - first
+                made += job.kind.made_nbytes * (stop - start) // max(1, job.size)
                 spent += cost
                 full = spent > room if room else nbytes > most or made > self._made
                 if taken and (full or len(taken) == _TILES_TOGETHER):
-                    return taken
+                    return self._batch(build, taken, runs)
                 task.waiting = task.waiting[1:]
                 task.active += 1
-                self._taken_nbytes += extent[1] - extent[0]
-                # claimed in the order in which tiles are taken, since a reader waits for those before it; it is kept, or the pipeline stops
-                claim = build.behind.claim(*extent) if build.behind else None
-                taken.append((task, Tile(job, start, stop, claim, task.target if isinstance(task.target, Memory) else None)))
-        return taken
+                self._taken_nbytes += last - first
+                if runs and runs[-1][1] == first:
+                    first = runs.pop()[0]
+                runs.append((first, last))
+                taken.append((task, Tile(job, start, stop, into)))
+        return self._batch(build, taken, runs)
+
+    def _batch(self, build: Build, taken: list[tuple[Task, Tile]], runs: list[tuple[int, int]]) -> Batch:
+        # claimed in the order in which tiles are taken, since a reader waits for those before it; it is kept, or the pipeline stops
+        claims = [build.behind.claim(first, last) for first, last in runs] if build.behind else []
+        return Batch(taken, self._spare.pop(), claims)
 
     def _cost(self, job: Job) -> int:
         """Return what a tile of a job takes of the quantizer's room; 0 if the CPU is to do it."""
@@ -342,9 +350,9 @@ class Pipeline:
         build, tiles = batch.tiles[0][0].build, [tile for _, tile in batch.tiles]
         digested = any(task.target is build.staged for task, _ in batch.tiles)
         if self._quantizer is not None and any(self._cost(tile.job) for tile in tiles):
-            encode_elsewhere(build.source, tiles, work, batch.outputs, self._quantizer, digested=digested)
+            encode_elsewhere(build.source, tiles, work, batch.outputs, self._quantizer, digested=digested, claims=batch.claims)
         else:
-            encode(build.source, tiles, work, batch.outputs, digested=digested)
+            encode(build.source, tiles, work, batch.outputs, digested=digested, claims=batch.claims)
         for task, tile in batch.tiles:
             if tile.status != Status.OK:
                 task.refused = task.refused or tile.status

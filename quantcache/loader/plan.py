@@ -18,11 +18,12 @@ from quantcache.loader.changes import Change
 from quantcache.loader.recipe import Decision, Recipe
 from quantcache.loader.source import Source
 from quantcache.once import once
+from quantcache.quant import native
 from quantcache.quant.codec import Encoder, Part, Status, codec
 from quantcache.quant.floats import from_f32
 from quantcache.tensor import ITEMSIZE, TensorInfo
 
-__all__ = ["TILE", "Job", "Request", "layer_key", "native_names", "plan"]
+__all__ = ["TILE", "Job", "Kind", "Request", "layer_key", "native_names", "plan"]
 
 Array = NDArray[Any]
 
@@ -30,6 +31,8 @@ Array = NDArray[Any]
 #: count, small enough that every thread's buffers stay within its share of the memory bound.
 TILE = 1 << 20
 
+#: How names of matrices end; what stands before it is the beginning of all keys of a tensor's parts.
+_WEIGHT = ".weight"
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)(?:\.|$)")
 
 
@@ -109,6 +112,80 @@ class _KeepEncoder(Encoder):
         return Status.OK, {"values": values}
 
 
+class Kind:
+    """Plan what is alike for all tensors of a type, a shape and a decision: a model has thousands, of a dozen kinds.
+
+    Args:
+        info: one of them.
+        codec_id, exponent: of the decision.
+        variant: index into `variants`.
+        changed: whether adapters change them.
+
+    Attributes:
+        copies: the source's own bytes are what is stored.
+        as_stored: tiles come as the source has them; else as float32, into which everything else is widened (float64: narrowed).
+        variants: the layouts to try in turn; of changed weights that are kept, element types.
+        size: weights.
+        tile: weights of a tile; the last may have fewer.
+        collects: each needs an encoder of its own.
+        encoder: what all share, with the ends of names for keys; None if copied, or if each needs its own.
+        parts: the stored arrays, with the ends of names for keys.
+        slots: for each part, the end of its key, and dtype, shape, chunk and bytes of its slot.
+        patterns: the calls of tiles; see quantcache.loader.pattern.
+    """
+
+    def __init__(self, info: TensorInfo, codec_id: str, exponent: int, variant: int, *, changed: bool) -> None:
+        self._info, self._codec_id, scaled = info, codec_id, exponent != 0
+        self._ending = _WEIGHT if info.name.endswith(_WEIGHT) else ""
+        self.copies = codec_id == "keep" and not (changed or scaled or info.is_block)
+        self.as_stored = self.copies or (info.dtype in ("F32", "F16", "BF16") and not (changed or scaled))
+        self.variants = self._variants()
+        self._variant = self.variants[variant]
+        self.size, self.patterns = info.size, dict[Any, Any]()
+        self.encoder: Encoder | None = None
+        self.collects = False
+        if self.copies:
+            self.tile = TILE * 4 // ITEMSIZE[info.dtype]
+            self.parts: tuple[Part, ...] = (Part("values", self._ending, info.dtype, info.shape, 1),)
+        else:
+            encoder = self.own_encoder()
+            self.parts, self.collects = encoder.parts, encoder.collects
+            self.encoder = None if self.collects else encoder
+            multiple = math.lcm(64 if codec_id == "keep" else codec(codec_id).multiple(info.shape), 256 if info.is_block else 1)
+            if changed and info.shape and info.size // max(1, info.shape[0]) <= TILE:
+                # whole rows, so that a product is one rectangle of every tile
+                rows = math.lcm(multiple, info.size // max(1, info.shape[0]) or 1)
+                multiple = rows if rows <= TILE else multiple
+            self.tile = max(1, TILE // multiple) * multiple
+        self.slots = [(part.key, part.dtype, part.shape, self._chunk(part) or 1, part.nbytes) for part in self.parts]
+        #: bytes that are made of the source's, and not the source's own
+        self.made_nbytes = 0 if self.copies else sum(part.nbytes for part in self.parts)
+
+    def own_encoder(self) -> Encoder:
+        """Return a new encoder."""
+        info = self._info
+        if self._codec_id == "keep":
+            return _KeepEncoder(self._ending, info.shape, self._variant)
+        return codec(self._codec_id).encoder(self._ending, info.shape, info.dtype if self.as_stored else "F32", self._variant)
+
+    def _chunk(self, part: Part) -> int:
+        return self.tile // part.weights * ITEMSIZE[part.dtype] if part.weights else part.nbytes
+
+    def _variants(self) -> tuple[str, ...]:
+        if self._codec_id != "keep":
+            return codec(self._codec_id).variants
+        return (self._info.dtype, "F32") if self._info.dtype in ("F16", "BF16") else ("F32",)
+
+    @once
+    def whole(self) -> list[tuple[str, Array, int, bytes]]:
+        """What is stored of each tensor beside its tiles, the same for all: part, bytes, their address and their digest."""
+        found = []
+        for name, array in self.encoder.finish().items() if self.encoder is not None else ():
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            found.append((name, raw, native.address(raw), digest(raw)))
+        return found
+
+
 @dataclass
 class Job:
     """Plan one tensor: its encoder, its slots, and how it is cut into tiles.
@@ -119,6 +196,7 @@ class Job:
         layer: number of its layer in the file.
         variant: index into the codec's variants.
         changes: what adapters do to it.
+        shared: its kind, if others have made it.
     """
 
     info: TensorInfo
@@ -126,54 +204,24 @@ class Job:
     layer: int
     variant: int = 0
     changes: tuple[Change, ...] = ()
+    shared: Kind | None = None
 
     def __post_init__(self) -> None:
-        """Make the encoder and the slots."""
-        info, scaled = self.info, self.decision.exponent != 0
-        #: the source's own bytes are what is stored
-        self.copies = self.decision.codec == "keep" and not (self.changes or scaled or info.is_block)
-        #: tiles come as the source has them; else as float32, into which everything else is widened (float64: narrowed)
-        self.as_stored = self.copies or (info.dtype in ("F32", "F16", "BF16") and not (self.changes or scaled))
-        self.size = info.size
+        """Make the slots."""
+        self.kind = kind = self.shared or Kind(
+            self.info, self.decision.codec, self.decision.exponent, self.variant, changed=bool(self.changes)
+        )
+        self.copies, self.as_stored, self.size, self.tile = kind.copies, kind.as_stored, kind.size, kind.tile
         #: what a quantizer keeps of the result
         self.kept: Any = None
-        self.encoder: Encoder | None = None
-        if self.copies:
-            itemsize = ITEMSIZE[info.dtype]
-            self.tile = TILE * 4 // itemsize
-            self.parts = {"values": info.name}
-            self.slots: tuple[Slot, ...] = (Slot(info.name, info.dtype, info.shape, self.tile * itemsize, self.layer),)
-            return
-        if self.decision.codec == "keep":
-            self.encoder, multiple = _KeepEncoder(info.name, info.shape, self._variants()[self.variant]), 64
-        else:
-            chosen = codec(self.decision.codec)
-            element = info.dtype if self.as_stored else "F32"
-            self.encoder = chosen.encoder(info.name, info.shape, element, self._variants()[self.variant])
-            multiple = chosen.multiple(info.shape)
-        multiple = math.lcm(multiple, 256 if info.is_block else 1)
-        if self.changes and info.shape and info.size // max(1, info.shape[0]) <= TILE:
-            # whole rows, so that a product is one rectangle of every tile
-            rows = math.lcm(multiple, info.size // max(1, info.shape[0]) or 1)
-            multiple = rows if rows <= TILE else multiple
-        self.tile = max(1, TILE // multiple) * multiple
-        self.parts = {part.name: part.key for part in self.encoder.parts}
-        made = []
-        for part in self.encoder.parts:  # a plan makes thousands: no generator
-            chunk = self.tile // part.weights * ITEMSIZE[part.dtype] if part.weights else part.nbytes
-            made.append(Slot(part.key, part.dtype, part.shape, chunk or 1, self.layer))
+        #: None if the source's bytes are copied
+        self.encoder = kind.own_encoder() if kind.collects else kind.encoder
+        stem, layer, made = self.info.name.removesuffix(_WEIGHT), self.layer, []
+        for ending, dtype, shape, chunk, nbytes in kind.slots:  # a plan makes thousands: no generator
+            made.append(Slot(stem + ending, dtype, shape, chunk, layer, nbytes))
         self.slots = tuple(made)
-
-    @once
-    def made_nbytes(self) -> int:
-        """Bytes that are made of the source's, and not the source's own."""
-        return 0 if self.copies else sum(slot.nbytes for slot in self.slots)
-
-    def _variants(self) -> tuple[str, ...]:
-        """Return the layouts to try in turn; for changed weights that are kept, element types."""
-        if self.decision.codec != "keep":
-            return codec(self.decision.codec).variants
-        return (self.info.dtype, "F32") if self.info.dtype in ("F16", "BF16") else ("F32",)
+        #: part -> its key
+        self.parts = {part.name: slot.key for part, slot in zip(kind.parts, made, strict=True)}
 
     @property
     def tiles(self) -> range:
@@ -187,7 +235,7 @@ class Job:
             CodecError: nothing is left to try.
         """
         if status == Status.F32_SCALES or self.decision.codec == "keep":
-            if self.variant + 1 >= len(self._variants()):
+            if self.variant + 1 >= len(self.kind.variants):
                 raise CodecError(f"tensor {self.info.name!r} cannot become {self.decision.codec}: {status!r}")
             return Job(self.info, self.decision, self.layer, self.variant + 1, self.changes)
         if status & Status.NONFINITE:
@@ -196,7 +244,7 @@ class Job:
             reason = "it holds a value beyond float16's range"
         kept = Job(self.info, Decision("keep", self.decision.exponent, reason), self.layer, 0, self.changes)
         # what was changed cannot be the source's bytes: float32 holds all of it
-        return kept if kept.copies else Job(kept.info, kept.decision, kept.layer, len(kept._variants()) - 1, kept.changes)
+        return kept if kept.copies else Job(kept.info, kept.decision, kept.layer, len(kept.kind.variants) - 1, kept.changes)
 
     def record(self) -> dict[str, Any]:
         """Return what the entry says about the tensor."""
@@ -225,10 +273,14 @@ def plan(source: Source, request: Request) -> list[Job]:
     stored = [(info, decision) for info, decision in decided if decision.codec != "native"]
     places = [layer_key(info.name) for info, _ in stored]
     layers = {place: number for number, place in enumerate(sorted(set(places)))}
-    jobs = [
-        Job(info, decision, layers[place], changes=request.changes.get(info.name, ()))
-        for (info, decision), place in zip(stored, places, strict=True)
-    ]
+    kinds: dict[tuple[Any, ...], Kind] = {}
+    jobs = []
+    for (info, decision), place in zip(stored, places, strict=True):
+        changes = request.changes.get(info.name, ())
+        alike = info.dtype, info.shape, decision.codec, decision.exponent, bool(changes), info.name.endswith(_WEIGHT)
+        job = Job(info, decision, layers[place], changes=changes, shared=kinds.get(alike))
+        kinds[alike] = job.kind
+        jobs.append(job)
     taken = {info.name for info, _ in decided}
     for position, job in enumerate(jobs):
         extra = {slot.key for slot in job.slots} - {job.info.name}

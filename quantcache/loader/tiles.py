@@ -17,6 +17,7 @@ from quantcache.cache.key import digest
 from quantcache.errors import CodecError
 from quantcache.loader import weights
 from quantcache.loader.digests import Claim
+from quantcache.loader.pattern import Pattern, pattern
 from quantcache.loader.plan import Job
 from quantcache.loader.source import Source
 from quantcache.quant import native
@@ -38,20 +39,29 @@ class Piece:
     Args:
         key: its name in the entry.
         position: first byte in the tensor.
-        buffer: the bytes, uint8; they may lie in a thread's buffers, or in the mapped source.
-        digest: of them, if it was asked for.
+        home: what the bytes lie in, uint8: a thread's buffers, or the mapped source.
+        start, nbytes: where in it.
         address: of the bytes.
+        digest: of them, if it was asked for.
     """
 
     key: str
     position: int
-    buffer: Any
+    home: Array
+    start: int
+    nbytes: int
+    address: int
     digest: bytes = b""
-    address: int = 0
 
-    def __post_init__(self) -> None:
-        """Look the address up, once for whoever passes the bytes on."""
-        self.address = native.address(self.buffer)
+    @classmethod
+    def of(cls, key: str, position: int, array: Array) -> Piece:
+        """Return an array's bytes as a piece."""
+        return cls(key, position, array.reshape(-1).view(np.uint8), 0, array.nbytes, native.address(array))
+
+    @property
+    def buffer(self) -> Any:
+        """The bytes, uint8."""
+        return self.home[self.start : self.start + self.nbytes]
 
 
 class Into(Protocol):
@@ -68,7 +78,6 @@ class Tile:
     Args:
         job: what becomes of the tensor.
         start, stop: first weight, and the one behind the last.
-        claim: what is to be digested of the source.
         into: where the pieces go, if that is memory: they may be made there.
         status: OK, or why the job's codec refuses the values.
         pieces: what is to be stored, if it is OK.
@@ -77,7 +86,6 @@ class Tile:
     job: Job
     start: int
     stop: int
-    claim: Claim | None = None
     into: Into | None = None
     status: Status = Status.OK
     pieces: list[Piece] = field(default_factory=list)
@@ -104,7 +112,9 @@ def encode_tile(source: Source, job: Job, start: int, work: Scratch, outputs: Sc
     return tile.status, tile.pieces
 
 
-def encode(source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratch, *, digested: bool = False) -> None:
+def encode(
+    source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratch, *, digested: bool = False, claims: Sequence[Claim] = ()
+) -> None:
     """Read and quantize tiles of one file, in one foreign call where Python has nothing to do in between.
 
     Args:
@@ -113,6 +123,7 @@ def encode(source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratc
         work: the calling thread's buffers.
         outputs: buffers that the pieces may lie in; for more than one tile an Arena.
         digested: whether the pieces are to have their digests.
+        claims: what is to be digested of the source.
 
     Raises:
         SourceError: the source cannot be read.
@@ -121,29 +132,56 @@ def encode(source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratc
     if not tiles:
         return
     calls = Calls()
-    steps = _reading(source, tiles, calls)
+    steps = _reading(source, tiles, calls, claims)
     here = source.big_endian or native.level() == "reference"
+    digests = _Digests(tiles if digested else ())
     for tile in tiles:
-        step = _Encoding(tile, calls)
-        if here or not step.prepare(source, work, outputs):
+        step = None if here else _repeated(source, tile, calls, work, outputs, digests)
+        if step is None:
             _make(calls, steps)
             _encode_here(tile, _bytes(source, tile), work, outputs)
             steps = []
-        if digested:
-            step.add_digests(outputs)
-        step.end = len(calls)
+            step = _Encoding(tile, calls, digests, None)
+            if digested:
+                step.add_digests()
         steps.append(step)
     _make(calls, steps)
+
+
+class _Digests:
+    """Take the digests of the pieces of tiles, side by side."""
+
+    def __init__(self, tiles: Sequence[Tile]) -> None:
+        self._found = np.empty(NBYTES * sum([len(tile.job.kind.parts) for tile in tiles]), np.uint8)
+        self._address, self._taken = native.address(self._found), 0
+
+    def __bool__(self) -> bool:
+        """Return whether there are any."""
+        return self._found.size > 0
+
+    def room(self, count: int) -> int:
+        """Return the address of so many more."""
+        self._taken += NBYTES * count
+        return self._address + self._taken - NBYTES * count
+
+    def at(self, address: int, count: int) -> list[bytes]:
+        """Return those that stand at an address."""
+        start = address - self._address
+        return each(self._found[start : start + NBYTES * count])
 
 
 class _Reading:
     """Add the calls that read tiles, all before the first is quantized: other readers wait for the digests of their bytes."""
 
-    def __init__(self, source: Source, tiles: Sequence[Tile], calls: Calls) -> None:
+    def __init__(self, source: Source, tiles: Sequence[Tile], calls: Calls, claims: Sequence[Claim]) -> None:
         self._file, self._calls, self.begin = source.file, calls, len(calls)
         calls.name = tiles[0].job.info.name
-        extents = [source.extent(tile.job.info, tile.start, tile.stop) for tile in tiles]
-        claim = Claim.of_all([tile.claim for tile in tiles if tile.claim is not None])
+        claim, extents = Claim.of_all(claims), list[tuple[int, int]]()
+        for tile in tiles:
+            first, last = source.extent(tile.job.info, tile.start, tile.stop)
+            if extents and extents[-1][1] == first:
+                first = extents.pop()[0]
+            extents.append((first, last))
         for first, last in extents:
             if claim is None or not claim.covers(first, last):
                 source.file.add_populate(calls, first, last - first)
@@ -163,10 +201,10 @@ class _Reading:
         raise self._file.unreadable(self._calls, call)
 
 
-def _reading(source: Source, tiles: Sequence[Tile], calls: Calls) -> list[_Reading | _Encoding]:
+def _reading(source: Source, tiles: Sequence[Tile], calls: Calls, claims: Sequence[Claim]) -> list[_Reading | _Encoding]:
     """Return the step that reads tiles; at the reference level, which has no calls, they are read now."""
     if native.level() != "reference":
-        return [_Reading(source, tiles, calls)]
+        return [_Reading(source, tiles, calls, claims)]
     for tile in tiles:
         first, last = source.extent(tile.job.info, tile.start, tile.stop)
         source.file.populate(first, last - first)
@@ -174,48 +212,39 @@ def _reading(source: Source, tiles: Sequence[Tile], calls: Calls) -> list[_Readi
 
 
 class _Encoding:
-    """Add the calls that make pieces of a tile, and take what came of them."""
+    """Stand for the calls that make pieces of a tile, and take what came of them.
 
-    def __init__(self, tile: Tile, calls: Calls) -> None:
-        self._tile, self._calls = tile, calls
-        calls.name = tile.job.info.name
-        self.begin = self.end = len(calls)
-        self._arrays: dict[str, Array] | None = None
-        self._digests: Array | None = None
-        self._short: list[Piece] = []
+    Args:
+        tile: what was, or is, made.
+        calls: what is called.
+        digests: where they are taken, if they are.
+        arrays: what the job's encoder collects once they are made; None if it has them.
+        begin: number of the first call.
+    """
 
-    def prepare(self, source: Source, work: Scratch, outputs: Scratch) -> bool:
-        """Add what quantizes; return False if Python has to do a part of it."""
-        job, raw = self._tile.job, _bytes(source, self._tile)
-        if job.encoder is None:
-            self._tile.pieces = _pieces(self._tile, {"values": raw}, self._tile.start)
-            return True
-        widened = weights.prepare(raw, job, self._tile.start, work)
-        prepared = widened and job.encoder.prepare(widened[1], outputs)
-        if widened is None or prepared is None:
-            return False
-        for call, phase in ((widened[0], "decode"), (prepared[0], "quantize")):
-            if call is not None:
-                self._calls.add(native.kernel(call[0]), *call[1:], phase=phase, nbytes=widened[1].nbytes)
-        self._arrays = prepared[1]
-        self._tile.pieces = _pieces(self._tile, self._arrays, self._tile.start)
-        return True
+    def __init__(self, tile: Tile, calls: Calls, digests: _Digests, arrays: dict[str, Array] | None, begin: int | None = None) -> None:
+        self._tile, self._calls, self._digests, self._arrays = tile, calls, digests, arrays
+        self.end = len(calls)
+        self.begin = self.end if begin is None else begin
+        self.digests_at = 0  # 0 if the pieces have theirs
 
-    def add_digests(self, outputs: Scratch) -> None:
-        """Add what digests the pieces."""
-        self._digests = outputs.array("digests", np.uint8, NBYTES * len(self._tile.pieces))
-        address = native.address(self._digests)
-        for number, piece in enumerate(self._tile.pieces):
-            if not add_digest(self._calls, piece.address, piece.buffer.size, address + NBYTES * number):
-                self._short.append(piece)
+    def add_digests(self) -> None:
+        """Add what digests the pieces, or take their digests now, at the reference level."""
+        calls, pieces = self._calls, self._tile.pieces
+        calls.name, address = self._tile.job.info.name, self._digests.room(len(pieces))
+        for number, piece in enumerate(pieces):
+            if add_digest(calls, piece.address, piece.nbytes, address + NBYTES * number):
+                self.digests_at = address
+            else:
+                piece.digest = digest(piece.buffer)
+        self.end = len(calls)
 
     def done(self) -> None:
         """Take what all calls have made."""
-        if self._digests is not None:
-            for piece, found in zip(self._tile.pieces, each(self._digests), strict=True):
+        pieces = self._tile.pieces
+        if self.digests_at:
+            for piece, found in zip(pieces, self._digests.at(self.digests_at, len(pieces)), strict=True):
                 piece.digest = found
-            for piece in self._short:
-                piece.digest = digest(piece.buffer)
         if self._arrays is not None and self._tile.job.encoder is not None:
             self._tile.job.encoder.encoded(self._tile.start, self._arrays)
 
@@ -229,6 +258,40 @@ class _Encoding:
         if phase == "decode":
             raise CodecError(f"no kernel decodes {self._tile.job.info.dtype}")
         self._tile.status, self._tile.pieces = Status(code), []
+
+
+def _repeated(source: Source, tile: Tile, calls: Calls, work: Scratch, outputs: Scratch, digests: _Digests) -> _Encoding | None:
+    """Add the calls of a tile's pattern; None if it has none."""
+    job, start = tile.job, tile.start
+    first = source.extent(job.info, start, tile.stop)[0]
+    address = source.file.address + first
+    # whether a kernel can read it where it lies is not its kind's, but the file's
+    key = tile.stop - start, bool(digests), address % 8
+    try:
+        found: Pattern | None = job.kind.patterns[key]
+    except KeyError:
+        found = job.kind.patterns[key] = pattern(_bytes(source, tile), job, start, tile.stop, digested=bool(digests))
+    if found is None:
+        return None
+    home, at, made = outputs.room(found.outputs_nbytes)
+    bench = native.address(work.array("pattern", np.uint8, found.work_nbytes)) if found.work_nbytes else 0
+    bases, homes = (address, made, 0, bench), ((source.file.bytes, first), (home, at))
+    begin, calls.name = len(calls), job.info.name
+    pieces = tile.pieces = []
+    for place in found.pieces:
+        lies, base = homes[place.base]
+        pieces.append(
+            Piece(job.slots[place.part].key, start // place.weights * place.itemsize, lies, base + place.offset, place.nbytes,
+                  bases[place.base] + place.offset)
+        )  # fmt: skip
+    wanted = digests.room(len(pieces)) if digests else 0
+    calls.repeat(found.calls, address, made, wanted, bench)
+    arrays = None
+    if job.kind.collects:
+        arrays = {name: home[at + offset : at + offset + dtype.itemsize * size].view(dtype) for name, offset, dtype, size in found.arrays}
+    step = _Encoding(tile, calls, digests, arrays, begin)
+    step.digests_at = wanted
+    return step
 
 
 def _make(calls: Calls, steps: list[_Reading | _Encoding]) -> None:
@@ -269,12 +332,10 @@ def _encode_here(tile: Tile, raw: Array, work: Scratch, outputs: Scratch) -> Non
 def _pieces(tile: Tile, arrays: Mapping[str, Array], first: int) -> list[Piece]:
     """Return the parts of a tile that are stored tile by tile, of arrays whose first weight is `first`."""
     job, pieces = tile.job, []
-    if job.encoder is None:
-        return [Piece(job.info.name, tile.start * ITEMSIZE[job.info.dtype], arrays["values"])]
-    for part in job.encoder.parts:
+    for part, slot in zip(job.kind.parts, job.slots, strict=True):
         if part.weights:
             at, begin, end = (weight // part.weights * ITEMSIZE[part.dtype] for weight in (tile.start, tile.start - first, tile.start - first + job.tile))
-            pieces.append(Piece(part.key, at, arrays[part.name].view(np.uint8).reshape(-1)[begin:end]))
+            pieces.append(Piece.of(slot.key, at, arrays[part.name].view(np.uint8).reshape(-1)[begin:end]))
     return pieces
 
 
@@ -325,22 +386,23 @@ class Quantizer(Protocol):
         """Let go of what it works with."""
 
 
-def encode_elsewhere(source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Arena, quantizer: Quantizer, *, digested: bool) -> None:
+def encode_elsewhere(
+    source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Arena, quantizer: Quantizer, *, digested: bool, claims: Sequence[Claim] = ()
+) -> None:
     """Read tiles, those of a tensor consecutive, and have them quantized.
 
     Args:
-        source, tiles, work, outputs, digested: see encode.
+        source, tiles, work, outputs, digested, claims: see encode.
         quantizer: does it; what it refuses, or is not for it, is done here.
     """
     tiles = [tile for tile in tiles if tile.stop > tile.start]
     if not tiles:
         return
     calls = Calls()
-    _make(calls, _reading(source, tiles, calls))
+    _make(calls, _reading(source, tiles, calls, claims))
     together: list[list[Tile]] = []
     left: list[Tile] = []
     for tile in tiles:
-        tile.claim = None
         if not quantizer.cost(tile.job):
             left.append(tile)
         elif together and together[-1][0].job is tile.job:
@@ -351,6 +413,7 @@ def encode_elsewhere(source: Source, tiles: Sequence[Tile], work: Scratch, outpu
     with span("quantize", sum(stretch.raw.nbytes for stretch in stretches), tiles[0].job.info.name):
         found = quantizer.encode(stretches, outputs)
     steps: list[_Reading | _Encoding] = []
+    digests = _Digests(tiles if digested else ())
     for own, stretch, made in zip(together, stretches, found, strict=True):
         if made is None:
             left += own
@@ -362,9 +425,8 @@ def encode_elsewhere(source: Source, tiles: Sequence[Tile], work: Scratch, outpu
         for tile in own:
             tile.pieces = _pieces(tile, arrays, stretch.start)
             if digested:
-                step = _Encoding(tile, calls)
-                step.add_digests(outputs)
-                step.end = len(calls)
+                step = _Encoding(tile, calls, digests, None)
+                step.add_digests()
                 steps.append(step)
     _make(calls, steps)
     if left:
@@ -376,10 +438,10 @@ def _stretch(source: Source, tiles: Sequence[Tile], *, digested: bool) -> Stretc
     first, last = source.extent(job.info, start, stop)
     into: dict[str, Array] = {}
     if memory is not None and job.encoder is not None and not digested:
-        for part in job.encoder.parts:
+        for part, slot in zip(job.kind.parts, job.slots, strict=True):
             if part.weights:
                 begin, end = (min(part.nbytes, -(-weight // part.weights) * ITEMSIZE[part.dtype]) for weight in (start, stop))
-                into[part.name] = memory.part(part.key, begin, end - begin)
+                into[part.name] = memory.part(slot.key, begin, end - begin)
     return Stretch(job, start, stop, source.little_endian(job.info, source.file.bytes[first:last]), into)
 
 
@@ -387,7 +449,6 @@ def whole_pieces(job: Job) -> list[Piece]:
     """Return the parts that are known only after the last tile; to be called once."""
     if job.encoder is None:
         return []
-    return [
-        Piece(job.parts[name], 0, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        for name, array in job.encoder.finish().items()
-    ]
+    if not job.kind.collects:
+        return [Piece(job.parts[name], 0, raw, 0, raw.size, address, found) for name, raw, address, found in job.kind.whole]
+    return [Piece.of(job.parts[name], 0, np.ascontiguousarray(array)) for name, array in job.encoder.finish().items()]

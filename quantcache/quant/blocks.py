@@ -90,6 +90,11 @@ class BlockType:
         source = "".join(map(read, ("half.wgsl", "codes.wgsl", words, "blocks.wgsl", *self.shader.files)))
         return WeightShader({"blocks": kind}, source, dots=self.shader.dots)
 
+    @once
+    def pinned_tables(self) -> native.Pinned:
+        """The tables as a kernel is given them; it reads none if there are none."""
+        return native.Pinned(_NO_TABLES if self.tables is None else self.tables)
+
     @property
     def weights(self) -> int:
         """Weights in a block."""
@@ -186,8 +191,7 @@ def decode(name: str, blocks: Array, out: Array, dtype: str) -> None:
 def prepare(name: str, blocks: Array, out: Array, dtype: str) -> Call:
     """Return the kernel's call that decodes whole blocks; see decode, which checks what it is given."""
     kind = block_type(name)
-    tables = _NO_TABLES if kind.tables is None else kind.tables
-    return kind.kernel, kind.number, native.contiguous(blocks), blocks.size // kind.nbytes, tables, out, native.ELEMENT[dtype]
+    return kind.kernel, kind.number, native.contiguous(blocks), blocks.size // kind.nbytes, kind.pinned_tables, out, native.ELEMENT[dtype]
 
 
 def dequantize(

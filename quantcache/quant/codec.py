@@ -88,6 +88,11 @@ class Scratch:
             buffer = self._buffers[slot] = np.empty(nbytes, np.uint8)
         return buffer[:nbytes].view(dtype)
 
+    def room(self, nbytes: int) -> tuple[Array, int, int]:
+        """Return bytes for all that is made of a tile: in which array they are, from where on, and their address."""
+        home = self.array("room", np.uint8, nbytes)
+        return home, 0, native.address(home)
+
 
 class Arena(Scratch):
     """Keep buffers for several tiles at a time: no array stands where another does, until all are let go together.
@@ -99,7 +104,7 @@ class Arena(Scratch):
     def __init__(self, nbytes: int) -> None:
         super().__init__()
         self._nbytes = nbytes
-        self._taken = self._missing = 0
+        self._taken = self._missing = self._address = 0
 
     def clear(self) -> None:
         """Let go of all arrays."""
@@ -109,14 +114,27 @@ class Arena(Scratch):
     def array(self, slot: str, dtype: Any, size: int) -> Array:
         """Return `size` elements that nobody else has, at a multiple of 64 bytes from each other."""
         nbytes = np.dtype(dtype).itemsize * size
+        home, start, _ = self.room(nbytes)
+        return home[start : start + nbytes].view(dtype)
+
+    def room(self, nbytes: int) -> tuple[Array, int, int]:
+        """Return bytes that nobody else has without making an array of them: in which one they are, from where on, and their address."""
         room, whole = -(-nbytes // _LINE) * _LINE, self._buffers.get("")
         if whole is None or (not self._taken and whole.nbytes < self._nbytes):
             whole = self._buffers[""] = np.empty(self._nbytes, np.uint8)
-        if self._taken + room > whole.nbytes:
+            self._address = native.address(whole)
+        start = self._taken
+        if start + room > whole.nbytes:
             self._missing += room  # the next time there will be room for all
-            return np.empty(nbytes, np.uint8).view(dtype)
+            home = np.empty(nbytes, np.uint8)
+            return home, 0, native.address(home)
         self._taken += room
-        return whole[self._taken - room : self._taken - room + nbytes].view(dtype)
+        return whole, start, self._address + start
+
+    @property
+    def taken(self) -> int:
+        """Bytes of all arrays."""
+        return self._taken
 
 
 class Encoder(ABC):
@@ -129,6 +147,9 @@ class Encoder(ABC):
 
     #: the stored arrays, in the order in which callers see them
     parts: tuple[Part, ...]
+    #: whether a part is made of all tiles: each tensor has an encoder of its own then. Of others, those of one type and shape share one,
+    #: their tiles of one size are quantized by the same call but for addresses, and what finish() returns is the same for all.
+    collects: bool = False
 
     def prepare(self, tile: Array, scratch: Scratch) -> tuple[Call | None, dict[str, Array]] | None:
         """Return the kernel's call that quantizes a tile, and the arrays that it fills.
@@ -238,7 +259,7 @@ class Codec(ABC):
 
     @abstractmethod
     def encoder(self, name: str, shape: tuple[int, ...], source_dtype: str, variant: str) -> Encoder:
-        """Return the encoder of one tensor."""
+        """Return the encoder of one tensor; its parts' keys are the name, without .weight at its end, and something that no name changes."""
 
     @abstractmethod
     def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:

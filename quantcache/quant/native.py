@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from quantcache.errors import KernelError, UsageError
 from quantcache.trace import span, spent
 
-__all__ = ["ELEMENT", "LEVELS", "Calls", "Kernel", "Pinned", "address", "available", "compiled", "copy", "kernel", "level", "system"]
+__all__ = ["ELEMENT", "LEVELS", "Calls", "Kernel", "Pinned", "Template", "address", "available", "compiled", "copy", "kernel", "level", "system"]
 
 #: In the order of the bits that qc_cpu_levels() returns.
 LEVELS = ("scalar", "avx2", "avx512", "neon")
@@ -184,6 +184,33 @@ def _runner() -> Any:
     return function
 
 
+class Template:
+    """Hold calls of which some arguments are addresses that count from one of a few bases: what they are is said when they are made."""
+
+    def __init__(self) -> None:
+        self.words = array("Q")
+        #: of each call
+        self.phases: list[tuple[str, int]] = []
+        #: word, base, offset
+        self.moved: list[tuple[int, int, int]] = []
+        self.kept: list[Any] = []
+
+    def add(self, function: Kernel, arguments: Sequence[int | tuple[int, int]], *, phase: str, nbytes: int) -> None:
+        """Add a call.
+
+        Args:
+            function: what to call.
+            arguments: integers, or (number of a base, offset from it).
+            phase, nbytes: see quantcache.trace.span.
+        """
+        first = len(self.words) + 4
+        words = [argument if isinstance(argument, int) else 0 for argument in arguments]
+        self.words.extend((function.address, len(words), 0, 0, *words, *_NOTHING[len(words) :]))
+        self.moved += [(first + place, *word) for place, word in enumerate(arguments) if not isinstance(word, int)]
+        self.phases.append((phase, nbytes))
+        self.kept.append(arguments)
+
+
 class Calls:
     """Collect calls, and make them in one go: threads that are through with one wait for nobody's GIL before the next.
 
@@ -195,7 +222,7 @@ class Calls:
 
     def __init__(self) -> None:
         self._words = array("Q")
-        self._kept: list[tuple[NDArray[Any] | int, ...]] = []
+        self._kept: list[tuple[Any, ...]] = []
         self._phases: list[tuple[str, int, str]] = []
         #: of the tensor or file whose calls are added, for the trace
         self.name = ""
@@ -218,6 +245,20 @@ class Calls:
         self._words.extend((function.address, len(words), 0, 0, *words, *_NOTHING[len(words) :]))
         self._kept.append(arguments)
         self._phases.append((phase, nbytes, self.name))
+
+    def repeat(self, template: Template, *bases: int) -> None:
+        """Add the calls of a template.
+
+        Args:
+            template: what.
+            bases: addresses that its arguments count from; the caller keeps what is there.
+        """
+        words, start, name = self._words, len(self._words), self.name
+        words.extend(template.words)
+        for word, base, offset in template.moved:
+            words[start + word] = bases[base] + offset
+        self._phases += [(phase, nbytes, name) for phase, nbytes in template.phases]
+        self._kept.append((template,))
 
     def run(self, first: int = 0) -> int:
         """Make the calls from one on, up to the first that does not return 0.

@@ -78,7 +78,7 @@ class Nf4Encoder(Encoder):
     """Encode one tensor; nested keeps every absmax (1/16 byte a weight) until finish()."""
 
     def __init__(self, name: str, shape: tuple[int, ...], source_dtype: str, *, nested: bool) -> None:
-        self._shape, self._dtype = shape, source_dtype
+        self._shape, self._dtype, self.collects = shape, source_dtype, nested
         n = math.prod(shape)
         blocks = -(-n // reference.BLOCK)
         self._absmax = np.empty(blocks, np.float32) if nested else None
