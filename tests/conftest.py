@@ -8,7 +8,6 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,15 +44,15 @@ def pwrite(monkeypatch: pytest.MonkeyPatch) -> Writing:
 
     @contextlib.contextmanager
     def replaced(write: Callable[..., int]) -> Iterator[None]:
-        def called(descriptor: int, address: int, nbytes: int, place: int) -> int:
+        def found(descriptor: int, pieces: int, count: int) -> int:
+            table = (ctypes.c_uint64 * (3 * count)).from_address(pieces)
             try:
-                write(descriptor, ctypes.string_at(address, nbytes), place)
+                for place, address, nbytes in zip(table[::3], table[1::3], table[2::3], strict=True):
+                    write(descriptor, ctypes.string_at(address, nbytes), place)
             except OSError as error:
                 return error.errno or errno.EIO
             return 0
 
-        callback = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_uint64] * 4)(called)
-        found = SimpleNamespace(address=ctypes.cast(callback, ctypes.c_void_p).value, callback=callback)
         real: Any = native.system
         with monkeypatch.context() as patch:
             patch.setattr(native, "system", lambda name: found if name == "write" else real(name))

@@ -95,7 +95,7 @@ class StagedEntry:
             raise store_error(f"cannot create a file in {folder}", error) from error
         try:
             allocate(self._descriptor, self._end)
-            self._main = mmap.mmap(self._descriptor, self._end, access=mmap.ACCESS_READ)
+            self._main, self._main_nbytes = mmap.mmap(self._descriptor, self._end, access=mmap.ACCESS_READ), self._end
         except OSError as error:
             self.discard()
             raise store_error(f"cannot reserve {self._end} bytes in {folder}", error) from error
@@ -168,15 +168,15 @@ class StagedEntry:
         """Return what it means that a piece could not be written."""
         return store_error("cannot write the staged file", error)
 
-    def view(self, key: str) -> memoryview:
-        """Return a finished tensor's bytes, mapped read-only; valid after publishing and discarding, too."""
+    def where(self, key: str) -> tuple[mmap.mmap | memoryview, int]:
+        """Return what a finished tensor's bytes lie in, mapped read-only, and the first; valid after publishing and discarding, too."""
         slot, start = self.slots[key], self.offsets[key]
-        if start + slot.nbytes <= len(self._main):
-            return memoryview(self._main)[start : start + slot.nbytes]
+        if start + slot.nbytes <= self._main_nbytes:
+            return self._main, start
         with self._lock:
             for first, mapped in self._maps:
                 if first <= start and start + slot.nbytes <= first + len(mapped):
-                    return mapped[start - first : start - first + slot.nbytes]
+                    return mapped, start - first
             if self._descriptor < 0:
                 raise CacheError(f"tensor {key!r} of the staged file is not mapped any more")
             first = start // _MAP_ALIGNMENT * _MAP_ALIGNMENT
@@ -185,7 +185,7 @@ class StagedEntry:
             except OSError as error:
                 raise store_error("cannot map the staged file", error) from error
             self._maps.append((first, made))
-            return made[start - first : start - first + slot.nbytes]
+            return made, start - first
 
     def publish(
         self, target: Path, *, document: Any, records: Any, built: Mapping[str, Any], announce: Callable[[str], None] = lambda _: None
@@ -268,9 +268,9 @@ class StagedEntry:
 
     def _map_replaced(self) -> None:
         """Map what lies behind the first plan's end while the file that holds it is open: views outlive it."""
-        if self._descriptor >= 0:
+        if self._descriptor >= 0 and self._rearrange:
             for key in sorted((key for key, slot in self.slots.items() if slot.nbytes), key=lambda key: self.offsets[key]):
-                self.view(key)
+                self.where(key)
 
     def unlink(self) -> None:
         """Remove the file from its folder, whatever a thread is doing with it; it cannot be published any more."""

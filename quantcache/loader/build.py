@@ -10,8 +10,10 @@ import os
 import threading
 import time
 import weakref
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -31,7 +33,6 @@ from quantcache.loader.source import Source
 from quantcache.loader.tiles import Piece, Tile, whole_pieces
 from quantcache.quant import native
 from quantcache.quant.codec import Arena, Status
-from quantcache.quant.native import Calls
 from quantcache.trace import span
 
 __all__ = ["Batch", "Build", "Memory", "Task", "complete", "refusal", "wholes"]
@@ -61,9 +62,9 @@ class Memory:
         """Copy bytes of a tensor."""
         self._arrays[key][position : position + buffer.size] = buffer
 
-    def view(self, key: str) -> memoryview:
-        """Return a tensor's bytes."""
-        return self._arrays[key].data.toreadonly()
+    def where(self, key: str) -> tuple[memoryview, int]:
+        """Return what a tensor's bytes lie in, read-only, and the first."""
+        return self._arrays[key].data.toreadonly(), 0
 
 
 class Task:
@@ -187,27 +188,30 @@ def refusal(pieces: list[tuple[Task, Piece]]) -> CacheError | None:
 
 
 def _write(pieces: list[tuple[Task, Piece]]) -> None:
-    """Bring pieces to where they belong, those for a file in one call.
+    """Bring pieces to where they belong, those for a file in one call, and what stands side by side there in one of the system's.
 
     Raises:
         CacheError: the store refuses them.
     """
-    calls = Calls() if native.level() != "reference" else None
+    here, wanted = native.level() == "reference", list[tuple[int, int, int]]()
     written: list[tuple[StagedEntry, Piece]] = []
+    descriptor = -1
     for task, piece in pieces:
         target, nbytes = task.target, piece.nbytes
-        if calls is None or not nbytes or isinstance(target, Memory):
+        if here or not nbytes or isinstance(target, Memory):
             with span("write", nbytes, task.job.info.name):
                 target.write(piece.key, piece.position, piece.buffer, piece.digest)
-        else:
-            calls.name = task.job.info.name
+        else:  # all into one file: a batch is of one build
             descriptor, place = target.place(piece.key, piece.position)
-            calls.add(native.system("write"), descriptor, piece.address, nbytes, place, phase="write", nbytes=nbytes)
+            wanted.append((place, piece.address, nbytes))
             written.append((target, piece))
-    if calls is None or not written:
+    if not written:
         return
-    if (stopped := calls.run()) < len(calls):
-        code = calls.result(stopped)[1]
+    wanted.sort()
+    table = array("Q", chain.from_iterable(wanted))
+    with span("write", sum(table[2::3]), pieces[0][0].job.info.name):
+        code = native.system("write")(descriptor, table.buffer_info()[0], len(wanted))
+    if code:
         raise written[0][0].refused(OSError(code, os.strerror(code)))
     for target, piece in written:
         target.wrote(piece.key, piece.position, piece.digest or digest(piece.buffer))

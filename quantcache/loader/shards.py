@@ -353,6 +353,5 @@ def _unsaved(cache: Cache, source: Source, error: CacheError) -> None:
 
 def _array(slot: Slot, home: StagedEntry | Memory) -> Array:
     """Return a tensor that was built, as one read-only array."""
-    if not slot.nbytes:
-        return np.empty(slot.shape, array_dtype(slot.dtype))
-    return np.ndarray(slot.shape, array_dtype(slot.dtype), home.view(slot.key))
+    dtype = array_dtype(slot.dtype)
+    return np.ndarray(slot.shape, dtype, *home.where(slot.key)) if slot.nbytes else np.empty(slot.shape, dtype)

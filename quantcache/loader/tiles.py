@@ -266,26 +266,25 @@ def _repeated(source: Source, tile: Tile, calls: Calls, work: Scratch, outputs: 
     first = source.extent(job.info, start, tile.stop)[0]
     address = source.file.address + first
     # whether a kernel can read it where it lies is not its kind's, but the file's
-    key = tile.stop - start, bool(digests), address % 8
+    alike = tile.stop - start, bool(digests), address % 8
     try:
-        found: Pattern | None = job.kind.patterns[key]
+        found: Pattern | None = job.kind.patterns[alike]
     except KeyError:
-        found = job.kind.patterns[key] = pattern(_bytes(source, tile), job, start, tile.stop, digested=bool(digests))
+        found = job.kind.patterns[alike] = pattern(_bytes(source, tile), job, start, tile.stop, digested=bool(digests))
     if found is None:
         return None
     home, at, made = outputs.room(found.outputs_nbytes)
-    bench = native.address(work.array("pattern", np.uint8, found.work_nbytes)) if found.work_nbytes else 0
-    bases, homes = (address, made, 0, bench), ((source.file.bytes, first), (home, at))
+    bench = work.array("pattern", np.uint8, found.work_nbytes)
+    homes = (source.file.bytes, first, address), (home, at, made)
     begin, calls.name = len(calls), job.info.name
     pieces = tile.pieces = []
     for place in found.pieces:
-        lies, base = homes[place.base]
-        pieces.append(
-            Piece(job.slots[place.part].key, start // place.weights * place.itemsize, lies, base + place.offset, place.nbytes,
-                  bases[place.base] + place.offset)
-        )  # fmt: skip
+        lies, base, begins = homes[place.base]
+        key, position = job.slots[place.part].key, start // place.weights * place.itemsize
+        pieces.append(Piece(key, position, lies, base + place.offset, place.nbytes, begins + place.offset))
     wanted = digests.room(len(pieces)) if digests else 0
-    calls.repeat(found.calls, address, made, wanted, bench)
+    # a larger tile gets another bench: this one stays until its calls are made
+    calls.repeat(found.calls, (address, made, wanted, native.address(bench) if found.work_nbytes else 0), bench)
     arrays = None
     if job.kind.collects:
         arrays = {name: home[at + offset : at + offset + dtype.itemsize * size].view(dtype) for name, offset, dtype, size in found.arrays}

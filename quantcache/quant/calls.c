@@ -9,6 +9,7 @@
 #include <time.h>
 #if !defined(_WIN32)
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 #endif
 
@@ -91,17 +92,48 @@ QC_API int qc_copy(uint8_t *target, const uint8_t *data, uint64_t n) {
     return 0;
 }
 
-/* Writes n bytes at a place of a file; a quota or a signal may cut one call short. Returns errno. */
-QC_API int qc_write(uint64_t descriptor, const uint8_t *data, uint64_t n, uint64_t place) {
+/* Bytes that belong at a place of a file, as quantcache.loader.build lays them out. */
+typedef struct {
+    uint64_t place, address, count;
+} piece_t;
+
+#if !defined(_WIN32)
+/* Writes pieces that follow each other in the file, of which `skip` bytes are written; returns what pwritev does. */
+static ssize_t write_run(int descriptor, const piece_t *pieces, uint64_t count, uint64_t skip) {
+#if defined(__linux__)
+    enum { MOST = 64 };
+    struct iovec run[MOST];
+    if (count > MOST) count = MOST;
+    for (uint64_t i = 0; i < count; i++) {
+        run[i].iov_base = (void *)(uintptr_t)pieces[i].address;
+        run[i].iov_len = pieces[i].count;
+    }
+    run[0].iov_base = (uint8_t *)run[0].iov_base + skip;
+    run[0].iov_len -= skip;
+    return pwritev(descriptor, run, (int)count, (off_t)(pieces[0].place + skip));
+#else
+    (void)count;
+    return pwrite(descriptor, (const uint8_t *)(uintptr_t)pieces[0].address + skip, pieces[0].count - skip, (off_t)(pieces[0].place + skip));
+#endif
+}
+#endif
+
+/* Writes pieces to a file, those that follow each other there together; a quota or a signal may cut one call short. Returns errno. */
+QC_API int qc_write(uint64_t descriptor, const piece_t *pieces, uint64_t count) {
 #if defined(_WIN32)
-    (void)descriptor, (void)data, (void)n, (void)place;
+    (void)descriptor, (void)pieces, (void)count;
     return ENOSYS;
 #else
-    while (n) {
-        const ssize_t done = pwrite((int)descriptor, data, n, (off_t)place);
+    uint64_t skip = 0; /* bytes of the first piece that are written */
+    while (count) {
+        uint64_t together = 1;
+        while (together < count && pieces[together].place == pieces[together - 1].place + pieces[together - 1].count) together++;
+        ssize_t done = pieces[0].count > skip ? write_run((int)descriptor, pieces, together, skip) : 0;
         if (done < 0 && errno == EINTR) continue;
-        if (done <= 0) return done ? errno : EIO;
-        data += done, n -= (uint64_t)done, place += (uint64_t)done;
+        if (done < 0) return errno;
+        if (done == 0 && pieces[0].count > skip) return EIO;
+        skip += (uint64_t)done;
+        while (count && skip >= pieces[0].count) skip -= pieces[0].count, pieces++, count--;
     }
     return 0;
 #endif

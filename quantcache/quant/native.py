@@ -246,19 +246,20 @@ class Calls:
         self._kept.append(arguments)
         self._phases.append((phase, nbytes, self.name))
 
-    def repeat(self, template: Template, *bases: int) -> None:
+    def repeat(self, template: Template, bases: Sequence[int], *kept: NDArray[Any]) -> None:
         """Add the calls of a template.
 
         Args:
             template: what.
-            bases: addresses that its arguments count from; the caller keeps what is there.
+            bases: addresses that its arguments count from.
+            kept: what is there, unless the caller keeps it until the calls are made.
         """
         words, start, name = self._words, len(self._words), self.name
         words.extend(template.words)
         for word, base, offset in template.moved:
             words[start + word] = bases[base] + offset
         self._phases += [(phase, nbytes, name) for phase, nbytes in template.phases]
-        self._kept.append((template,))
+        self._kept.append((template, *kept))
 
     def run(self, first: int = 0) -> int:
         """Make the calls from one on, up to the first that does not return 0.

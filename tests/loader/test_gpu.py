@@ -248,7 +248,7 @@ def test_a_bad_sector_under_half_of_a_tensor(device: Any, tmp_path: Path, monkey
     def add_populate(calls: Any, address: int, nbytes: int) -> None:
         asked.append(1)
         if len(asked) == 2:
-            calls.add(native.system("write"), 1 << 30, address, nbytes, 0, phase="read", nbytes=nbytes)  # which fails
+            calls.add(native.system("write"), 1 << 30, np.array([0, address, nbytes], np.uint64), 1, phase="read", nbytes=nbytes)  # which fails
         else:
             real(calls, address, nbytes)
 

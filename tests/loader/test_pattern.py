@@ -48,11 +48,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "TILE", 4096)
 
 
-def made(source: Source, jobs: list[Job]) -> dict[str, bytes]:
+def made(source: Source, jobs: list[Job], *, backwards: bool = False) -> dict[str, bytes]:
     """Return what is stored of jobs, quantized all together; every digest is right."""
     found: dict[str, bytes] = {}
     tiles = [Tile(job, start, min(start + job.tile, job.size)) for job in jobs for start in job.tiles]
-    encode(source, tiles, Scratch(), Arena(1 << 20), digested=True)
+    encode(source, tiles[::-1] if backwards else tiles, Scratch(), Arena(1 << 20), digested=True)
     pieces = [piece for tile in tiles for piece in tile.pieces]
     assert all(piece.digest == digest(bytes(piece.buffer)) for piece in pieces)
     wholes = [piece for job in jobs for piece in whole_pieces(job)]
@@ -103,7 +103,7 @@ def test_repeated(tmp_path: Path, rng: np.random.Generator, kernel_level: Callab
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ2_XXS", "IQ4_NL", "MXFP4", "TQ1_0"])
 def test_blocks(tmp_path: Path, rng: np.random.Generator, name: str) -> None:
-    """Blocks that are decoded in between are, too: tensors of one kind have their own weights."""
+    """Blocks that are decoded in between are, too: tensors of one kind have their own weights, and larger ones take no bench away."""
     weights, nbytes = BLOCKS[name]
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     raws = {}
@@ -118,6 +118,7 @@ def test_blocks(tmp_path: Path, rng: np.random.Generator, name: str) -> None:
     jobs = [job for job in plan(source, Request(Recipe.of("nf4", native="convert"))) if job.decision.codec == "nf4"]
     assert len(jobs) == 2
     found = made(source, jobs)
+    assert made(source, jobs, backwards=True) == found  # the last tile is the smallest
     assert all(pattern is not None and pattern.work_nbytes for pattern in jobs[0].kind.patterns.values())
     for job in jobs:
         wide = np.empty(job.size, np.float32)

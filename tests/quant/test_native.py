@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,16 +161,54 @@ def test_copies(kernel_level: Switch, request: pytest.FixtureRequest, level: str
         native.copy([(target[:10], data[:11])], "upload")
 
 
+def test_pieces_side_by_side(tmp_path: Path) -> None:
+    """Pieces of all sizes, some of none, side by side and apart, hundreds in a row, are written where each belongs."""
+    rng = np.random.default_rng()
+    for _ in range(20):
+        sizes = rng.choice([0, 1, 7, 64, 5000], rng.integers(1, 300))
+        gaps = rng.choice([0, 0, 0, 0, 0, 0, 0, 3], sizes.size)
+        places = np.cumsum(sizes + gaps) - sizes
+        data = rng.integers(1, 256, int(sizes.sum()), np.uint8)
+        starts, wanted = np.cumsum(sizes) - sizes, np.zeros(int(places[-1] + sizes[-1]), np.uint8)
+        for place, start, size in zip(places, starts, sizes, strict=True):
+            wanted[place : place + size] = data[start : start + size]
+        table = np.stack([places, native.address(data) + starts, sizes], axis=1).astype(np.uint64)
+        with (tmp_path / "f").open("w+b") as file:
+            assert native.system("write")(file.fileno(), table, len(table)) == 0
+            file.truncate(wanted.size)
+        assert (tmp_path / "f").read_bytes() == wanted.tobytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits")
+def test_a_write_that_is_cut_short(tmp_path: Path) -> None:
+    """A write that a limit of the file's length cuts goes on where it was cut, and then says why it cannot."""
+    import resource
+
+    data = np.arange(1, 101, dtype=np.uint8)
+    table = np.array([[0, native.address(data), 60], [60, native.address(data) + 60, 40]], np.uint64)
+    limit, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with (tmp_path / "f").open("w+b") as file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (75, limit[1]))
+            code = native.system("write")(file.fileno(), table, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert code == errno.EFBIG
+    assert (tmp_path / "f").read_bytes() == data[:75].tobytes()
+
+
 def test_calls_of_the_system(tmp_path: Path) -> None:
     """Bytes are written where they belong, and why they cannot be is told; pages that are not there are, too."""
-    data, calls = np.arange(100, dtype=np.uint8), native.Calls()
+    data = np.arange(100, dtype=np.uint8)
+    table = np.array([1000, native.address(data), 100], np.uint64)
     path = tmp_path / "f"
     with path.open("w+b") as file:
-        calls.add(native.system("write"), file.fileno(), data, 100, 1000, phase="write", nbytes=100)
-        assert calls.run() == 1
+        assert native.system("write")(file.fileno(), table, 1) == 0
     assert path.read_bytes() == bytes(1000) + data.tobytes()
     with path.open("rb") as file:
-        assert native.system("write")(file.fileno(), data, 100, 0) == errno.EBADF
+        assert native.system("write")(file.fileno(), table, 1) == errno.EBADF
+        assert native.system("write")(file.fileno(), table, 0) == 0
     if sys.platform == "linux":
         mapped = MappedFile(path)
         with path.open("r+b") as file:
