@@ -96,7 +96,7 @@ def uploads(device: Any, folder: Path, path: Path, rounds: int) -> dict[str, Any
     """Compare ways onto the device; return GB/s by name."""
     qc.load(path, "nf4", cache=folder / "c").close()
     with qc.load(path, "nf4", cache=folder / "c") as model:
-        nbytes = sum(part.nbytes for name in model for part in model.part_sizes(name))
+        nbytes = sum(part.nbytes for name in model for part in model.outlines(name).parts)
 
     def ours(verify: str, threads: int) -> float:
         with qc.load(path, "nf4", cache=folder / "c", verify=verify) as model:
@@ -120,7 +120,7 @@ def uploads(device: Any, folder: Path, path: Path, rounds: int) -> dict[str, Any
         model, found = held.get(name, (None, None))
         if model is None:
             model = qc.load(path, "nf4", cache=folder / "c")
-            sizes = [sum(part.nbytes for name in names for part in model.part_sizes(name)) for names in model.in_layers()]
+            sizes = [sum(part.nbytes for name in names for part in model.outlines(name).parts) for names in model.in_layers()]
             found = model.upload(device, threads=4, lazy=True, budget=max(max(sizes), 3 * sizes[1]) * 5 // 4, reuse=reuse)
             held[name] = model, found
             for _ in found.layers():

@@ -109,25 +109,30 @@ class StagedEntry:
         return self._end
 
     def replace(self, old: Iterable[str], new: Iterable[Slot]) -> None:
-        """Plan a tensor anew, once its values turned out not to fit the plan; the file is rearranged when published."""
+        """Plan a tensor anew, once its values turned out not to fit the plan; the file is rearranged when published.
+
+        Raises:
+            CacheError: there is no room; nothing is changed then.
+        """
         with self._lock:
+            end, placed = self._end, list[tuple[Slot, int]]()
+            for slot in new:
+                placed.append((slot, -(-end // _MAP_ALIGNMENT) * _MAP_ALIGNMENT))
+                end = placed[-1][1] + slot.nbytes
+            if end > self._length:
+                # by more than is needed: every mapping takes a descriptor, and one should do for many tensors
+                length = end + max(_EXTENSION, end - self._main_nbytes)
+                try:
+                    os.ftruncate(self._descriptor, length)
+                except OSError as error:  # all is as it was: the next tensor is not to believe that there is room
+                    raise store_error("cannot extend the staged file", error) from error
+                self._length = length
             for key in old:
                 del self.slots[key], self.offsets[key], self._digests[key]
-            for slot in new:
-                self.slots[slot.key] = slot
+            for slot, start in placed:
+                self.slots[slot.key], self.offsets[slot.key] = slot, start
                 self._digests[slot.key] = [None] * slot.chunks
-                start = -(-self._end // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
-                self.offsets[slot.key] = start
-                self._end = start + slot.nbytes
-            self._rearrange = True
-            if self._end <= self._length:
-                return
-            # by more than is needed: every mapping takes a descriptor, and one should do for many tensors
-            self._length = self._end + max(_EXTENSION, self._end - len(self._main))
-            try:
-                os.ftruncate(self._descriptor, self._length)
-            except OSError as error:
-                raise store_error("cannot extend the staged file", error) from error
+            self._end, self._rearrange = end, True
 
     def write(self, key: str, position: int, buffer: Any, found: bytes = b"") -> None:
         """Write one piece of a tensor and remember its digest.

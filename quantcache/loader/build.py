@@ -12,7 +12,7 @@ import time
 import weakref
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
@@ -26,13 +26,13 @@ from quantcache.cache.index import EntryRow
 from quantcache.cache.key import Stamp, digest
 from quantcache.cache.locks import Lock
 from quantcache.cache.store import Cache
-from quantcache.errors import CacheError
+from quantcache.errors import CacheError, CodecError, SourceError
 from quantcache.loader.digests import Claim, DigestBehind
 from quantcache.loader.plan import Job, Request
 from quantcache.loader.source import Source
-from quantcache.loader.tiles import Piece, Tile, whole_pieces
+from quantcache.loader.tiles import Piece, Tile, encode_tile, whole_pieces
 from quantcache.quant import native
-from quantcache.quant.codec import Arena, Status
+from quantcache.quant.codec import Arena, Scratch, Status
 from quantcache.trace import span
 
 __all__ = ["Batch", "Build", "Memory", "Task", "complete", "refusal", "wholes"]
@@ -54,10 +54,6 @@ class Memory:
         for slot in slots:
             self._arrays[slot.key] = np.empty(slot.nbytes, np.uint8)
 
-    def part(self, key: str, position: int, nbytes: int) -> Array:
-        """Return bytes of a tensor, to be written."""
-        return self._arrays[key][position : position + nbytes]
-
     def write(self, key: str, position: int, buffer: Array, _: bytes = b"") -> None:
         """Copy bytes of a tensor."""
         self._arrays[key][position : position + buffer.size] = buffer
@@ -76,7 +72,7 @@ class Task:
         target: where it goes.
     """
 
-    __slots__ = ("_build", "active", "awaited", "counted", "done", "job", "refused", "target", "waiting")
+    __slots__ = ("_build", "active", "awaited", "away", "counted", "done", "job", "refused", "target", "waiting")
 
     def __init__(self, build: Build, job: Job, target: StagedEntry | Memory) -> None:
         self._build = weakref.ref(build)  # which has the task: what a model holds is to go with it, and not when Python looks for circles
@@ -97,6 +93,7 @@ class Task:
         """Have all tiles done, from the first on."""
         self.waiting = self.job.tiles  # first weights of those that nobody has taken
         self.counted = 0  # bytes of the source that progress has
+        self.away = False  # some of it is only where it was quantized
         self.refused: Status | CacheError | None = None
 
 
@@ -144,6 +141,7 @@ class Build:
         if self.staged is not None and self.digest is None and native.level() != "reference":
             extents = [(job.info.offset, job.info.offset + job.info.nbytes) for job in self.jobs]
             self.behind = DigestBehind(self.source.file, extents)
+        self.bringing = threading.Lock()
         self.outbox: list[Batch] = []
         self.writing = False
         for job in self.jobs:
@@ -151,6 +149,26 @@ class Build:
                 self.memory.add(job.slots)
             self.tasks[job.info.name] = Task(self, job, self.staged or self.memory)
         self._dropping = threading.Lock()
+
+    def bring(self, task: Task) -> None:
+        """Quantize a finished tensor again, here, if some of it is only where it was quantized: it may be gone there, or changed.
+
+        Raises:
+            SourceError: the source cannot be read, or is not what it was.
+        """
+        with self.bringing:
+            if not task.away:
+                return
+            source, job, scratch = self.source, replace(task.job), Scratch()
+            for start in job.tiles:
+                status, pieces = encode_tile(source, job, start, scratch, scratch)
+                if status != Status.OK:
+                    raise CodecError(f"tensor {job.info.name!r} was quantized elsewhere, and cannot be here: {status!r}")
+                for piece in pieces:
+                    task.target.write(piece.key, piece.position, piece.buffer)
+            if source.file.changed():
+                raise SourceError(f"tensor {job.info.name!r} is on the device only, and the file has changed since", path=source.path)
+            task.away = False
 
     def hide(self) -> None:
         """Remove the temp file while a thread may still be busy with it."""

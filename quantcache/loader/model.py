@@ -67,6 +67,21 @@ class TensorReport:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Outlines:
+    """Say what is known of a tensor without touching it.
+
+    Args:
+        parts: as they are handed out, and what only a GPU needs: see Codec.for_shader.
+        rows: the length of the first axis, 1 of a vector.
+        kept: what the load's quantizer kept of it, None if it did not quantize all of it.
+    """
+
+    parts: list[PartSize]
+    rows: int
+    kept: Any
+
+
 class Model(Mapping[str, Tensor]):
     """Map tensor names to tensors, in layer order. Close it, or use it in a `with`.
 
@@ -215,39 +230,40 @@ class Model(Mapping[str, Tensor]):
 
         return upload(self, device, lazy=lazy, budget=budget, reuse=reuse, order=order, threads=threads)
 
-    def part_sizes(self, name: str) -> list[PartSize]:
-        """Return the parts of a tensor as they are handed out: known without touching it, once it is quantized."""
+    def outlines(self, name: str) -> Outlines:
+        """Return what is known of a tensor without touching it, once it is quantized; waits for that."""
         shard = self._home[name]
         if name in shard.native:
             info = shard.native[name]
-            dtype = "U8" if info.is_block else info.dtype
-            return [PartSize("blocks" if info.is_block else "values", dtype, info.nbytes, info.offset)]
-        record, slots, offsets, _ = shard.described(name)
-        return [
+            part = PartSize("blocks" if info.is_block else "values", "U8" if info.is_block else info.dtype, info.nbytes, info.offset)
+            return Outlines([part], _rows(info.view_shape), None)
+        record, slots, offsets, job = shard.described(name)
+        parts = [
             PartSize(part, slots[key].dtype, slots[key].nbytes, offsets.get(key, 0), slots[key].chunk)
             for part, key in record["parts"].items()
         ]
+        behind = max((part.position for part in parts), default=0)
+        more = codec(record["codec"]).shader_parts if record["codec"] in codec_ids() else {}
+        parts += [PartSize(part, dtype, nbytes, behind) for part, (dtype, nbytes) in more.items()]
+        kept = job.kept if job is not None and not self._closed else None
+        return Outlines(parts, _rows(_view_shape(record)), kept if kept and job is not None and kept.done == job.size else None)
 
-    def shader_parts(self, name: str) -> Mapping[str, tuple[str, int]]:
-        """Return what a GPU needs of a tensor beside its parts: see Codec.for_shader; known when part_sizes() is."""
-        shard = self._home[name]
-        used = "" if name in shard.native else shard.described(name)[0]["codec"]
-        return codec(used).shader_parts if used in codec_ids() else {}
+    def kept(self) -> dict[str, Any]:
+        """Return what the load's quantizer keeps of tensors, by name, as it was planned."""
+        return {job.info.name: job.kept for pipeline in self._pipelines for build in pipeline.builds for job in build.jobs if job.kept}
 
-    def kept(self, name: str) -> Any:
-        """Return what the load's quantizer kept of a tensor, None if it did not quantize it; waits until it is quantized."""
-        shard = self._home[name]
-        if self._options.quantizer is None or self._closed or name in shard.native:
-            return None
-        job = shard.described(name)[3]
-        kept = job.kept if job is not None else None
-        return kept if kept and job is not None and kept.done == job.size else None
+    def wait(self) -> None:
+        """Wait until everything is quantized, and not until it is stored.
 
-    def rows(self, name: str) -> int:
-        """Return the length of a tensor's first axis, 1 of a vector; known without touching it, once it is quantized."""
-        shard = self._home[name]
-        shape = shard.native[name].view_shape if name in shard.native else _view_shape(shard.described(name)[0])
-        return shape[0] if len(shape) > 1 else 1
+        Raises:
+            SourceError, Cancelled: it cannot be.
+        """
+        for pipeline in self._pipelines:
+            pipeline.wait_for_all()
+
+    def outline(self, name: str) -> Tensor:
+        """Return a tensor that the load's quantizer kept as it would be handed out: of the bytes of what is kept nothing is said."""
+        return _tensor(*self._home[name].built(name, bring=False))
 
     def unchecked(self, name: str) -> tuple[Tensor, dict[str, Check]]:
         """Return a tensor for somebody who reads all of it, and by part the checks that are left to them.
@@ -559,6 +575,10 @@ def _open_cache(cache: Cache | str | os.PathLike[str] | None, mode: str) -> tupl
         if mode != "readonly":
             warnings.warn(f"loading without a cache: {error.message}", QuantcacheWarning, stacklevel=3)
         return None, False
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) > 1 else 1
 
 
 def _view_shape(record: Mapping[str, Any]) -> tuple[int, ...]:

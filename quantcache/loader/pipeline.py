@@ -22,7 +22,7 @@ import quantcache
 from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, shorten
-from quantcache.loader.build import Batch, Build, Memory, Task, complete, refusal, wholes
+from quantcache.loader.build import Batch, Build, Task, complete, refusal, wholes
 from quantcache.loader.digests import source_digest
 from quantcache.loader.plan import Job
 from quantcache.loader.tiles import Quantizer, Tile, encode, encode_elsewhere
@@ -166,6 +166,19 @@ class Pipeline:
                 return task
             raise self.failure or Cancelled("the load was stopped")
 
+    def wait_for_all(self) -> None:
+        """Wait until everything is quantized.
+
+        Raises:
+            SourceError, Cancelled: why it cannot be.
+        """
+        self._at_home()
+        with self._lock:
+            while any(build.left for build in self.builds):
+                if self._stopped:
+                    raise self.failure or Cancelled("the load was stopped")
+                self._done.wait(0.2)
+
     def finish(self) -> None:
         """Wait until everything is quantized and published.
 
@@ -220,9 +233,9 @@ class Pipeline:
                     asked += nbytes
 
     def _start_one(self) -> None:
-        """Start a thread if more are wanted. The first starts the second, and so on: the caller would find no core at every start."""
+        """Start a thread if more are wanted, and there is still something to do. The first starts the second, and so on: the caller would find no core at every start."""
         with self._lock:
-            if not self._wanted or self._stopped:
+            if not self._wanted or self._stopped or not self._open:
                 return
             self._wanted -= 1
             self._alive += 1
@@ -315,7 +328,6 @@ class Pipeline:
             elif (room and not cost and aside + job.info.nbytes > _ASIDE) or (cost and not room):
                 break
             aside += 0 if cost else job.info.nbytes
-            into = task.target if isinstance(task.target, Memory) else None
             while task.waiting:
                 start = task.waiting[0]
                 stop = min(start + job.tile, job.size)
@@ -332,7 +344,7 @@ class Pipeline:
                 if runs and runs[-1][1] == first:
                     first = runs.pop()[0]
                 runs.append((first, last))
-                taken.append((task, Tile(job, start, stop, into)))
+                taken.append((task, Tile(job, start, stop)))
         return self._batch(build, taken, runs)
 
     def _batch(self, build: Build, taken: list[tuple[Task, Tile]], runs: list[tuple[int, int]]) -> Batch:
@@ -354,6 +366,7 @@ class Pipeline:
         else:
             encode(build.source, tiles, work, batch.outputs, digested=digested, claims=batch.claims)
         for task, tile in batch.tiles:
+            task.away = task.away or tile.away
             if tile.status != Status.OK:
                 task.refused = task.refused or tile.status
         if not any(tile.pieces and task.target is build.staged for task, tile in batch.tiles):
@@ -403,7 +416,7 @@ class Pipeline:
                     task.build.left -= 1
                 self._done_tensors += len(done)
                 if any(task.build.left == 0 for task in done):
-                    self._todo.notify_all()
+                    self._wake()
                 awaited, now = any(task.awaited for task in done), time.monotonic()
                 if awaited:
                     self._done.notify_all()

@@ -153,14 +153,20 @@ class Shard:
         assert self.stored is not None
         return self.options.verify != "off" or self.stored.fault_in(self.records[name]["parts"].values())
 
-    def built(self, name: str) -> tuple[dict[str, Any], dict[str, Array]]:
+    def built(self, name: str, *, bring: bool = True) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return the same of the build that is under way, as soon as it is quantized.
+
+        Args:
+            name: of the tensor.
+            bring: whether the bytes are wanted, and not only what they are the bytes of: those that are on a device hold anything then.
 
         Raises:
             SourceError, Cancelled: it cannot be.
         """
         assert self.build is not None and self.pipeline is not None
         task = self.pipeline.wait_for(self.build, name)
+        if bring and task.away:
+            self.build.bring(task)
         return task.job.record(), {slot.key: _array(slot, task.target) for slot in task.job.slots}
 
     def described(self, name: str) -> tuple[dict[str, Any], Mapping[str, Slot], Mapping[str, int], Job | None]:

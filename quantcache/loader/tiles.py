@@ -27,7 +27,7 @@ from quantcache.quant.native import Calls
 from quantcache.tensor import ITEMSIZE
 from quantcache.trace import span
 
-__all__ = ["Into", "Piece", "Quantizer", "Stretch", "Tile", "encode", "encode_elsewhere", "encode_tile", "whole_pieces"]
+__all__ = ["Piece", "Quantizer", "Stretch", "Tile", "encode", "encode_elsewhere", "encode_tile", "whole_pieces"]
 
 Array = NDArray[Any]
 
@@ -64,13 +64,6 @@ class Piece:
         return self.home[self.start : self.start + self.nbytes]
 
 
-class Into(Protocol):
-    """Where pieces go, if that is memory."""
-
-    def part(self, key: str, position: int, nbytes: int) -> Array:
-        """Return bytes of a stored tensor, to be written."""
-
-
 @dataclass(slots=True)
 class Tile:
     """Name a part of a tensor that is quantized at a time, and hold what became of it.
@@ -78,17 +71,17 @@ class Tile:
     Args:
         job: what becomes of the tensor.
         start, stop: first weight, and the one behind the last.
-        into: where the pieces go, if that is memory: they may be made there.
         status: OK, or why the job's codec refuses the values.
         pieces: what is to be stored, if it is OK.
+        away: it is OK, and what became of it is only where it was quantized.
     """
 
     job: Job
     start: int
     stop: int
-    into: Into | None = None
     status: Status = Status.OK
     pieces: list[Piece] = field(default_factory=list)
+    away: bool = False
 
 
 def encode_tile(source: Source, job: Job, start: int, work: Scratch, outputs: Scratch) -> tuple[Status, list[Piece]]:
@@ -346,14 +339,12 @@ class Stretch:
         job: what becomes of the tensor.
         start, stop: first weight, and the one behind the last.
         raw: uint8, bytes of the source, little-endian.
-        into: part -> uint8, where what becomes of them is to be; the others lie wherever the quantizer puts them.
     """
 
     job: Job
     start: int
     stop: int
     raw: NDArray[np.uint8]
-    into: Mapping[str, NDArray[np.uint8]]
 
 
 class Quantizer(Protocol):
@@ -370,12 +361,13 @@ class Quantizer(Protocol):
     def cost(self, job: Job) -> int:
         """Return what a tile of a job takes of the room; 0 if the CPU is to do it."""
 
-    def encode(self, stretches: Sequence[Stretch], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
+    def encode(self, stretches: Sequence[Stretch], outputs: Arena, *, bring: bool = True) -> list[dict[str, NDArray[Any]] | None]:
         """Quantize whole tiles, bit for bit as their jobs' encoders do.
 
         Args:
             stretches: what; no two of a tensor.
             outputs: buffers that the result may lie in.
+            bring: whether what the quantizer keeps is wanted here, too; what an encoder collects is in any case.
 
         Returns:
             For each, part -> flat array, or None if it does not know: the CPU does it then.
@@ -389,6 +381,8 @@ def encode_elsewhere(
     source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Arena, quantizer: Quantizer, *, digested: bool, claims: Sequence[Claim] = ()
 ) -> None:
     """Read tiles, those of a tensor consecutive, and have them quantized.
+
+    What nobody digests nobody stores: of that, what the quantizer keeps stays with it.
 
     Args:
         source, tiles, work, outputs, digested, claims: see encode.
@@ -408,9 +402,9 @@ def encode_elsewhere(
             together[-1].append(tile)
         else:
             together.append([tile])
-    stretches = [_stretch(source, own, digested=digested) for own in together]
+    stretches = [_stretch(source, own) for own in together]
     with span("quantize", sum(stretch.raw.nbytes for stretch in stretches), tiles[0].job.info.name):
-        found = quantizer.encode(stretches, outputs)
+        found = quantizer.encode(stretches, outputs, bring=digested)
     steps: list[_Reading | _Encoding] = []
     digests = _Digests(tiles if digested else ())
     for own, stretch, made in zip(together, stretches, found, strict=True):
@@ -419,10 +413,9 @@ def encode_elsewhere(
             continue
         assert stretch.job.encoder is not None
         arrays = stretch.job.encoder.encoded(stretch.start, made)
-        if stretch.into:
-            continue
+        away = any(part.weights and part.name not in arrays for part in stretch.job.kind.parts)
         for tile in own:
-            tile.pieces = _pieces(tile, arrays, stretch.start)
+            tile.away, tile.pieces = away, [] if away else _pieces(tile, arrays, stretch.start)
             if digested:
                 step = _Encoding(tile, calls, digests, None)
                 step.add_digests()
@@ -432,16 +425,10 @@ def encode_elsewhere(
         encode(source, left, work, outputs, digested=digested)
 
 
-def _stretch(source: Source, tiles: Sequence[Tile], *, digested: bool) -> Stretch:
-    job, start, stop, memory = tiles[0].job, tiles[0].start, tiles[-1].stop, tiles[0].into
+def _stretch(source: Source, tiles: Sequence[Tile]) -> Stretch:
+    job, start, stop = tiles[0].job, tiles[0].start, tiles[-1].stop
     first, last = source.extent(job.info, start, stop)
-    into: dict[str, Array] = {}
-    if memory is not None and job.encoder is not None and not digested:
-        for part, slot in zip(job.kind.parts, job.slots, strict=True):
-            if part.weights:
-                begin, end = (min(part.nbytes, -(-weight // part.weights) * ITEMSIZE[part.dtype]) for weight in (start, stop))
-                into[part.name] = memory.part(slot.key, begin, end - begin)
-    return Stretch(job, start, stop, source.little_endian(job.info, source.file.bytes[first:last]), into)
+    return Stretch(job, start, stop, source.little_endian(job.info, source.file.bytes[first:last]))
 
 
 def whole_pieces(job: Job) -> list[Piece]:

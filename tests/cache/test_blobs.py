@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -84,6 +85,28 @@ def test_discard(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
     assert bytes(view) == _array(0, 9000).tobytes()
     assert bytes(_view(staged, "b")) == _array(2, 64).tobytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such limit")
+def test_replace_without_room(tmp_path: Path) -> None:
+    """A file that cannot be made longer stays as it was, and so does what is planned: the next tensor is refused, too, and then has room."""
+    import resource
+
+    staged = StagedEntry(tmp_path, _slots(), ["r"])
+    limit, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
+        for key in ("a", "b"):
+            with pytest.raises(CacheError, match="extend"):
+                staged.replace([key], [Slot(key, "F32", (3000,), 4096)])
+            assert staged.slots[key].dtype == "U8"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    staged.replace(["b"], [Slot("b", "F32", (3000,), 4096)])
+    _write(staged, "b", _array(3, 12_000))
+    assert bytes(_view(staged, "b")) == _array(3, 12_000).tobytes()
+    staged.discard()
 
 
 def test_replace_then_publish(tmp_path: Path, target: Path) -> None:

@@ -18,6 +18,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define FDS 4096
@@ -192,6 +193,22 @@ ssize_t pwrite(int fd, const void *bytes, size_t n, off_t at) {
 }
 
 ssize_t pwrite64(int fd, const void *bytes, size_t n, off64_t at) { return pwrite(fd, bytes, n, at); }
+
+/* Piece by piece: each is seen, and may fail, so that what comes before it is written and what follows is not. */
+ssize_t pwritev(int fd, const struct iovec *pieces, int count, off_t at) {
+    if (!path_of(fd)) return REAL(pwritev)(fd, pieces, count, at);
+    ssize_t written = 0;
+    for (int i = 0; i < count; i++) {
+        if (!pieces[i].iov_len) continue;
+        const ssize_t done = pwrite(fd, pieces[i].iov_base, pieces[i].iov_len, at + written);
+        if (done < 0) return written ? written : done;
+        written += done;
+        if ((size_t)done < pieces[i].iov_len) break;
+    }
+    return written;
+}
+
+ssize_t pwritev64(int fd, const struct iovec *pieces, int count, off64_t at) { return pwritev(fd, pieces, count, at); }
 
 ssize_t copy_file_range(int from, off64_t *start, int to, off64_t *at, size_t n, unsigned flags) {
     const char *path = path_of(to);

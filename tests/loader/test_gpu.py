@@ -494,14 +494,14 @@ def test_layers_come_ahead(device: Any, path: Path, tmp_path: Path, monkeypatch:
 def test_the_first_layer_waits_for_no_other(device: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None) -> None:
     """A layer is handed out while the size of the next is not known yet: on a miss, that one may still be quantized."""
     with qc.load(path, "nf4", cache=tmp_path / "c") as model:
-        known, real = threading.Event(), model.part_sizes
+        known, real = threading.Event(), model.outlines
 
-        def part_sizes(name: str) -> Any:
+        def outlines(name: str) -> Any:
             if name.startswith("blocks.1."):
                 assert known.wait(60)
             return real(name)
 
-        monkeypatch.setattr(model, "part_sizes", part_sizes)
+        monkeypatch.setattr(model, "outlines", outlines)
         with model.upload(device, lazy=True, budget=budget) as found:
             got: list[Any] = []
             asking = threading.Thread(target=lambda: got.append(found["blocks.0.a.weight"]))

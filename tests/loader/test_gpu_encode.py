@@ -21,8 +21,9 @@ from safetensors.numpy import save_file
 import quantcache as qc
 from quantcache.cache.blobs import StagedEntry
 from quantcache.loader.gpu import encode, kept
+from quantcache.loader.gpu import upload as uploading
 from quantcache.loader.gpu.transfer import Transfer
-from quantcache.quant import wgsl
+from quantcache.quant import native, wgsl
 from quantcache.quant.codecs.nf4 import MIDDLES
 from quantcache.tensor import BLOCKS
 
@@ -66,9 +67,7 @@ def same(folder: Path, path: Path, device: Any, **how: Any) -> None:
         with got.upload(device) as there:
             for name in wanted:
                 assert parts(got[name]) == parts(wanted[name]), name
-                arrived = {part: b"".join(device.read(place).tobytes() for place in places) for part, places in there[name].pieces.items()}
-                arrived.pop("nested_offset", None)  # which only shaders need
-                assert arrived == parts(wanted[name]), name
+                assert arrived(device, there[name]) == parts(wanted[name]), name
     digests = []
     for store in ("cpu", "gpu"):
         with qc.Cache(folder / store) as cache:
@@ -115,6 +114,113 @@ def test_tensors_that_come_together(
     assert quantizers[0].quantized + quantizers[0].given_back >= len(shapes)
     assert (quant != "int8-row") <= quantizers[0].given_back <= 2
     assert len(dispatches) < len(shapes), "even if those beside the one that was left come twice"
+
+
+def arrived(device: Any, tensor: Any) -> dict[str, bytes]:
+    """Return the bytes of a tensor's parts on the device, but for what only shaders need."""
+    found = {part: b"".join(device.read(place).tobytes() for place in places) for part, places in tensor.pieces.items()}
+    found.pop("nested_offset", None)
+    return found
+
+
+@pytest.mark.parametrize("first", ["device", "host", "half"])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_nothing_is_stored(
+    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, quant: str, first: str
+) -> None:
+    """Then codes stay on the device, and what is asked for here is the same, quantized here; whichever comes first, whatever else the CPU did."""
+    brought: list[int] = []
+    real = Transfer.submit
+
+    def submit(self: Any, encoder: Any, wanted: Any) -> Any:
+        brought.append(sum(nbytes for (_, _, nbytes), _ in wanted))
+        return real(self, encoder, wanted)
+
+    monkeypatch.setattr(Transfer, "submit", submit)
+    tensors = {f"{n}.weight": (rng.standard_normal((700, 1024)) * 0.02).astype(np.float16) for n in range(4)}
+    tensors["2.weight"][600, 900] = 1e-7  # a subnormal number
+    tensors["3.weight"] = (rng.standard_normal((1100, 1024)) * 1e-35).astype(np.float32)  # which the CPU does, in part of its tiles
+    tensors["3.weight"][1030:] *= 1e33
+    save_file(tensors, tmp_path / "m.safetensors")
+    with qc.load(tmp_path / "m.safetensors", quant, mode="off") as wanted, qc.load(tmp_path / "m.safetensors", quant, mode="off", device=device) as got:
+        if first == "host":
+            assert {name: parts(got[name]) for name in got} == {name: parts(wanted[name]) for name in wanted}
+        if first == "half":
+            assert parts(got["1.weight"]) == parts(wanted["1.weight"])
+        with got.upload(device) as there:
+            for name in wanted:
+                assert arrived(device, there[name]) == parts(wanted[name]), name
+        for name in wanted:
+            assert parts(got[name]) == parts(wanted[name]), name
+    assert quantizers[0].quantized >= 3
+    codes = sum(tensor.size for tensor in tensors.values()) // 2
+    assert sum(brought) < codes / 2
+
+
+def test_nothing_is_stored_and_the_file_changes(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator) -> None:
+    """What is on the device is right and stays; what is asked for here then would be another file's, and is refused."""
+    path = tmp_path / "m.safetensors"
+    save_file({f"{n}.weight": rng.standard_normal((64, 1024)).astype(np.float16) for n in range(2)}, path)
+    with qc.load(path, "nf4", mode="off") as wanted:
+        right = {name: parts(wanted[name]) for name in wanted}
+    with qc.load(path, "nf4", mode="off", device=device) as model:
+        model.finish()
+        assert parts(model["0.weight"]) == right["0.weight"]
+        with path.open("r+b") as file:
+            file.seek(-3000, os.SEEK_END)
+            file.write(bytes(2000))
+        os.utime(path, ns=(1, 1))
+        with model.upload(device) as there:
+            assert {name: arrived(device, there[name]) for name in there} == right
+        with pytest.raises(qc.SourceError, match="has changed"):
+            model["1.weight"]
+        assert parts(model["0.weight"]) == right["0.weight"]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_small_parts_that_cannot_be_read(
+    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    """A tensor of which the rest has to be asked for again is moved as a whole, of what it really holds."""
+    path = tmp_path / "m.safetensors"
+    save_file({f"{n}.weight": rng.standard_normal((64, 1024)).astype(np.float16) for n in range(3)}, path)
+    failed: list[int] = []
+
+    def add_populate(calls: Any, address: int, nbytes: int) -> None:
+        failed.append(nbytes)
+        calls.add(native.system("write"), 1 << 30, np.array([0, address, nbytes], np.uint64), 1, phase="read", nbytes=nbytes)  # which fails
+
+    monkeypatch.setattr(uploading, "add_populate", add_populate)
+    how: dict[str, Any] = {"cache": tmp_path / "c"} if stored else {"mode": "off"}
+    with qc.load(path, "nf4", mode="off") as wanted, qc.load(path, "nf4", device=device, **how) as model, model.upload(device) as there:
+        assert {name: arrived(device, there[name]) for name in there} == {name: parts(wanted[name]) for name in wanted}
+    assert failed
+
+
+def test_a_store_that_fails_on_the_way(device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, pwrite: Any) -> None:
+    """From then on nothing comes back; all tensors are right, here and there."""
+    path = tmp_path / "m.safetensors"
+    save_file({f"{n:02d}.weight": rng.standard_normal((1024, 1024)).astype(np.float16) for n in range(12)}, path)
+    written: list[int] = []
+    real = os.pwrite
+
+    def write(descriptor: int, data: bytes, place: int) -> int:
+        written.append(len(data))
+        if sum(written) > 2 << 20:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, data, place)
+
+    with (
+        qc.load(path, "nf4", mode="off") as wanted,
+        pwrite(write),
+        pytest.warns(qc.QuantcacheWarning, match="not saved"),
+        qc.load(path, "nf4", cache=tmp_path / "c", device=device, threads=1) as model,
+    ):
+        with model.upload(device) as there:
+            for name in wanted:
+                assert arrived(device, there[name]) == parts(wanted[name]), name
+        for name in wanted:
+            assert parts(model[name]) == parts(wanted[name]), name
 
 
 @pytest.mark.parametrize("made", [1, 5])
@@ -438,13 +544,13 @@ def test_a_device_that_fails_in_the_middle(
     device = small()
     real_encode, began, asked = encode.GpuQuantizer._encode, threading.Event(), threading.Event()
 
-    def step(self: Any, lane: Any, stretches: Any, *given: Any) -> Any:
+    def step(self: Any, lane: Any, stretches: Any, *given: Any, **how: Any) -> Any:
         if stretches[0][0].job.info.name == "1.weight":
             raise qc.DeviceOutOfMemory("no room", asked=1, held=0)
         if not began.is_set():
             began.set()
             assert asked.wait(60)
-        return real_encode(self, lane, stretches, *given)
+        return real_encode(self, lane, stretches, *given, **how)
 
     monkeypatch.setattr(encode.GpuQuantizer, "_encode", step)
     with qc.load(tmp_path / "m.safetensors", "nf4", mode="off", device=device, threads=1) as model:
@@ -471,11 +577,11 @@ import sys, warnings, numpy as np, quantcache as qc
 from quantcache.loader.gpu import encode
 device, steps, real = qc.gpu.open_device(), [], encode.GpuQuantizer._encode
 encode._STEP = 5 << 20
-def step(self, *given):
+def step(self, *given, **how):
     steps.append(1)
     if len(steps) == 3:
         device.raw.destroy()
-    return real(self, *given)
+    return real(self, *given, **how)
 encode.GpuQuantizer._encode = step
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")

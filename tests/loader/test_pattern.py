@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,8 @@ def test_models_go_with_their_last_name(tmp_path: Path, rng: np.random.Generator
         held += [weakref.ref(shard.stored.entry.header) for shard in model._shards if shard.stored is not None]
         assert len(held) == (4 if model.hit else 3)
         _ = [model[name].parts["codes"][0] for name in model]  # type: ignore[union-attr]
+        while any(thread.is_alive() for pipeline in model._pipelines for thread in pipeline._threads):
+            time.sleep(0.001)  # each holds what it works at until it ends, and may still start the next one
         gc.collect()
         gc.disable()
         try:

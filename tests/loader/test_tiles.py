@@ -18,13 +18,12 @@ from quantcache.cache.key import digest
 from quantcache.errors import SourceError
 from quantcache.loader import model as loading
 from quantcache.loader import plan as planning
-from quantcache.loader.build import Memory
 from quantcache.loader.digests import DigestBehind
 from quantcache.loader.pipeline import Pipeline
 from quantcache.loader.plan import Job, Request, plan
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source, open_checkpoint
-from quantcache.loader.tiles import Piece, Stretch, Tile, encode, encode_elsewhere, encode_tile
+from quantcache.loader.tiles import Piece, Stretch, Tile, encode, encode_elsewhere, encode_tile, whole_pieces
 from quantcache.quant import native
 from quantcache.quant.codec import Arena, Scratch, Status, quantize
 
@@ -106,7 +105,7 @@ class _Elsewhere:
         """Return 1 for each tile of a matrix."""
         return int(job.decision.codec not in ("keep", "f16") and job.info.name not in self.leaves)
 
-    def encode(self, stretches: Sequence[Stretch], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
+    def encode(self, stretches: Sequence[Stretch], outputs: Arena, *, bring: bool = True) -> list[dict[str, NDArray[Any]] | None]:
         """Quantize on the CPU, by the reference."""
         self.asked.append([stretch.job.info.name for stretch in stretches])
         found: list[dict[str, NDArray[Any]] | None] = []
@@ -114,9 +113,8 @@ class _Elsewhere:
             assert stretch.job.encoder is not None
             status, made = stretch.job.encoder.reference(stretch.raw.view(np.float16 if stretch.job.info.dtype == "F16" else np.float32))
             done = self.does and status == Status.OK
-            for name, place in stretch.into.items() if done else ():
-                place[...] = made[name].view(np.uint8).reshape(-1)
-            found.append(made if done else None)
+            kept = {part.name for part in stretch.job.kind.parts if part.weights} if not bring else set()
+            found.append({name: array for name, array in made.items() if name not in kept} if done else None)
         return found
 
     def close(self) -> None:
@@ -139,25 +137,23 @@ def test_elsewhere(source: Source, kernel_level: Callable[[str], None], quant: s
 
 
 @pytest.mark.parametrize("does", [True, False])
-def test_elsewhere_into_memory(source: Source, does: bool) -> None:
-    """What goes to memory is made where it belongs, from the middle of a tensor, too; what is left comes as pieces."""
-    for job in jobs(source, "nf4"):
-        memory, wanted = Memory(), Memory()
-        for place in (memory, wanted):
-            place.add(job.slots)
-            for slot in job.slots:
-                place.part(slot.key, 0, slot.nbytes)[...] = 0x5A
-        for together in (tiles([job])[:2], tiles([job])[2:]):
-            for tile in together:
-                tile.into = memory
-            encode_elsewhere(source, together, Scratch(), Arena(0), _Elsewhere(does=does), digested=False)
-            assert not (does and job.info.name == "a.0.weight" and any(tile.pieces for tile in together))
-            for tile in together:
-                for piece in tile.pieces:
-                    memory.write(piece.key, piece.position, piece.buffer)
-                for piece in encode_tile(source, job, tile.start, Scratch(), Scratch())[1]:
-                    wanted.write(piece.key, piece.position, piece.buffer)
-        assert [bytes(memory.where(slot.key)[0]) for slot in job.slots] == [bytes(wanted.where(slot.key)[0]) for slot in job.slots]
+@pytest.mark.parametrize("quant", ["nf4", "nf4-dq"])
+def test_elsewhere_and_left_there(source: Source, does: bool, quant: str) -> None:
+    """What nobody stores stays where it was quantized, and is said to be away; what an encoder collects, and what is left, comes."""
+    for job in jobs(source, quant):
+        together, quantizer = tiles([job]), _Elsewhere(does=does)
+        encode_elsewhere(source, together, Scratch(), Arena(0), quantizer, digested=False)
+        away = does and quantizer.cost(job) and job.info.name != "a.2.weight" and job.size > 0
+        assert [tile.away for tile in together] == [bool(away)] * len(together)
+        for tile in together:
+            status, pieces = encode_tile(source, tile.job, tile.start, Scratch(), Scratch())
+            assert tile.status == status
+            assert flat(tile.pieces) == ([] if away else flat(pieces))
+        if status == Status.OK:
+            (same,) = [other for other in jobs(source, quant) if other.info.name == job.info.name]
+            for start in same.tiles if same.size else ():
+                encode_tile(source, same, start, Scratch(), Scratch())
+            assert flat(whole_pieces(job)) == flat(whole_pieces(same))
 
 
 def test_steps_of_several_tensors(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

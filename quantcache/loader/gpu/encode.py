@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ __all__ = ["GpuQuantizer"]
 #: Bytes that go up at a time, as the source has them or as float32, whichever is more; and how many such steps are under way.
 _STEP = 40 << 20
 _LANES = 3
+#: One more where codes stay: threads have less to do in between then, and steps wait for each other.
+_MORE_LANES = 1
 #: Threads that feed them: while some wait for a step, others read, digest and write.
 _THREADS = 8
 #: Bytes behind a step that a shader may read, and does not use.
@@ -100,6 +102,7 @@ class _Run:
         shader: quantizes them.
         element: as which the shader reads the weights.
         made: part -> where it goes.
+        kept: the parts that stay there.
         at, wide_at: first byte in the lane, of the source and of the decoded weights.
     """
 
@@ -107,6 +110,7 @@ class _Run:
     shader: EncodeShader
     element: str
     made: dict[str, _Made]
+    kept: Collection[str]
     at: int = 0
     wide_at: int = 0
 
@@ -165,7 +169,7 @@ class GpuQuantizer:
         self._lanes: queue.LifoQueue[_Lane | None] = queue.LifoQueue()
         for _ in range(_LANES):
             self._lanes.put(None)
-        self._failed = False
+        self._failed = self._widened = False
         self._shaders: dict[tuple[str, tuple[int, ...], str], EncodeShader | None] = {}
         self._texts: dict[tuple[str, str], str] = {}
         self._known: dict[int, _Known] = {}
@@ -196,10 +200,14 @@ class GpuQuantizer:
             self.expect([job])
         return self._look(job).cost
 
-    def encode(self, stretches: Sequence[Stretch], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
-        """Quantize whole tiles; None for those that the CPU is to do."""
+    def encode(self, stretches: Sequence[Stretch], outputs: Arena, *, bring: bool = True) -> list[dict[str, NDArray[Any]] | None]:
+        """Quantize whole tiles; None for those that the CPU is to do. What stays here comes back only if that is asked for."""
         found: list[dict[str, NDArray[Any]] | None] = [None] * len(stretches)
-        lanes = self._lanes
+        with self._lock:
+            lanes = self._lanes
+            for _ in range(0 if bring or self._widened else _MORE_LANES):
+                lanes.put(None)
+            self._widened = self._widened or not bring
         lane, spoilt = lanes.get(), True
         # looked at once, and now: while this waited, other tiles of a tensor may have been left to the CPU, or the model closed
         places = [stretch.job.kept for stretch in stretches]
@@ -207,7 +215,7 @@ class GpuQuantizer:
         try:
             if mine:
                 lane = lane or _Lane(self.device, self.room)
-                for number, made in zip(mine, self._encode(lane, [(stretches[n], places[n]) for n in mine], outputs), strict=True):
+                for number, made in zip(mine, self._encode(lane, [(stretches[n], places[n]) for n in mine], outputs, bring=bring), strict=True):
                     found[number] = made
             spoilt = False
         except DeviceError as error:
@@ -281,7 +289,9 @@ class GpuQuantizer:
 
     # ---- one step ----
 
-    def _encode(self, lane: _Lane, stretches: Sequence[tuple[Stretch, Kept]], outputs: Arena) -> list[dict[str, NDArray[Any]] | None]:
+    def _encode(
+        self, lane: _Lane, stretches: Sequence[tuple[Stretch, Kept]], outputs: Arena, *, bring: bool
+    ) -> list[dict[str, NDArray[Any]] | None]:
         """Quantize what fits a lane, each to its place; None for what a shader does not know."""
         device, places, runs = self.device, {id(stretch): place for stretch, place in stretches}, self._runs(lane, stretches)
         settings = lane.settings
@@ -301,9 +311,11 @@ class GpuQuantizer:
         for run in runs:
             taken.append([{} for _ in run.stretches])
             for name, made in run.made.items():
+                if not bring and name in run.kept:
+                    continue
                 wanted.append(((made.buffer, made.offset, made.nbytes), []))
-                for stretch, nbytes, arrays in zip(run.stretches, run.sizes(name), taken[-1], strict=True):
-                    arrays[name] = stretch.into[name] if name in stretch.into else outputs.array(f"from the device: {name}", np.uint8, nbytes)
+                for nbytes, arrays in zip(run.sizes(name), taken[-1], strict=True):
+                    arrays[name] = outputs.array(f"from the device: {name}", np.uint8, nbytes)
                     wanted[-1][1].append(arrays[name])
         with self._recording:
             encoder = device.encoder()
@@ -321,7 +333,7 @@ class GpuQuantizer:
             elif len(run.stretches) == 1:
                 found.append(None)
             else:  # which of them it is
-                found += [one for stretch in run.stretches for one in self._encode(lane, [(stretch, places[id(stretch)])], outputs)]
+                found += [one for stretch in run.stretches for one in self._encode(lane, [(stretch, places[id(stretch)])], outputs, bring=bring)]
         return found
 
     def _runs(self, lane: _Lane, stretches: Sequence[tuple[Stretch, Kept]]) -> list[_Run]:
@@ -364,7 +376,7 @@ class GpuQuantizer:
                 made[name] = _Made(kept.bundle.buffer(name), offset + first, min(whole, nbytes - first), whole)
             else:
                 made[name] = _Made(None, 0, whole, whole)
-        return _Run([stretch], shader, "F32" if job.info.is_block else job.info.dtype, made)
+        return _Run([stretch], shader, "F32" if job.info.is_block else job.info.dtype, made, kept.places.keys())
 
     def _dispatch(self, within: Any, lane: _Lane, number: int, run: _Run) -> None:
         """Record what quantizes a run."""

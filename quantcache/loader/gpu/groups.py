@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quantcache.errors import DeviceError
+from quantcache.loader.ahead import Check
 from quantcache.loader.gpu.steps import Parts, units
 from quantcache.loader.gpu.tensors import GpuTensor, Home, Span
 from quantcache.quant.codec import codec, codec_ids
@@ -37,10 +38,12 @@ class Group:
 
 
 class Arriving:
-    """A group on its way: where it goes, and what of it was asked of the model so far."""
+    """A group on its way: where it goes, which tensors are there but for small parts, and what of it was asked of the model so far."""
 
-    def __init__(self, group: Group, home: Home, places: Mapping[str, Any], spans: list[Span], mapped: list[Any]) -> None:
-        self.group, self.home, self.places, self.mapped = group, home, places, mapped
+    def __init__(
+        self, group: Group, home: Home, places: Mapping[str, Any], spans: list[Span], mapped: list[Any], kept: Collection[str]
+    ) -> None:
+        self.group, self.home, self.places, self.mapped, self._kept = group, home, places, mapped, kept
         self.units = units(spans)
         self.checks: list[Future[dict[str, Parts]]] = []
         self.steps: list[Future[None]] = []
@@ -62,7 +65,10 @@ class Arriving:
         if found is not None:
             return found
         whole = all(len(pieces) == 1 for pieces in self.places[name].values())
-        tensor, checks = model.unchecked(name) if whole and not again else (model.in_memory(name), {})
+        if again or not (whole or name in self._kept):
+            tensor, checks = model.in_memory(name), dict[str, Check]()
+        else:  # of one that is there already, what it holds there may be nowhere else
+            tensor, checks = (model.outline(name), {}) if name in self._kept else model.unchecked(name)
         try:
             arrays = flat_parts(tensor)
         except ValueError:  # of what nobody has checked yet nothing could be made

@@ -25,7 +25,6 @@ from quantcache.loader.mapping import add_populate
 from quantcache.memory import populate
 from quantcache.quant import native
 from quantcache.quant.native import Calls
-from quantcache.tensor import PartSize
 from quantcache.trace import working_for
 
 if TYPE_CHECKING:
@@ -86,11 +85,16 @@ class GpuModel(Mapping[str, GpuTensor]):
         self._spare: deque[Any] = deque()  # buffers of layers that left, to be written again; the longest there first
         self._threads = threads or min(_MAX_THREADS, max(2, model.threads))
         names, self._shared = model.in_layers(), 0
+        self._late = -1  # the group that comes once all is quantized
         if order == "size" or (not lazy and model.hit):  # nothing leaves by itself, and nothing is waited for
             sizes = {report.name: report.nbytes for report in model.report()}
             if order == "size":
                 names = [[name] for name in sorted(sizes, key=lambda name: (-sizes[name], name))]
             names, self._shared = bundled(names, sizes), device.max_buffer
+        elif not lazy and (there := {name for name, kept in model.kept().items() if kept.device.raw is device.raw}):
+            # what is quantized there leaves little to bring, which comes at the end: the threads that quantize need the interpreter
+            early = [found for found in names if there.isdisjoint(found)]
+            names, self._late = [*early, [name for found in names if not there.isdisjoint(found) for name in found]], len(early)
         self._groups = [Group(number, found) for number, found in enumerate(names)]
         self._of = {name: group for group in self._groups for name in group.names}
         self._changed = threading.Condition()
@@ -319,13 +323,7 @@ class GpuModel(Mapping[str, GpuTensor]):
 
     def _size(self, group: Group) -> int:
         """Return the bytes that a group takes on the device; waits until it is quantized."""
-        return sum(padded_nbytes(part.nbytes, self.device) for name in group.names for part in self._parts(name))
-
-    def _parts(self, name: str) -> list[PartSize]:
-        """Return what is to be on the device of a tensor; waits until it is quantized."""
-        parts = self._model.part_sizes(name)
-        behind = max((part.position for part in parts), default=0)
-        return parts + [PartSize(part, dtype, nbytes, behind) for part, (dtype, nbytes) in self._model.shader_parts(name).items()]
+        return sum(padded_nbytes(part.nbytes, self.device) for name in group.names for part in self._model.outlines(name).parts)
 
     def _make_room(self, group: Group, beside: Group | None) -> bool:
         """Let the least recently used layers go, until a group fits the budget; return whether it may come."""
@@ -382,9 +380,11 @@ class GpuModel(Mapping[str, GpuTensor]):
     def _begin(self, group: Group) -> Arriving:
         """Make a group's buffers, and have the threads fill them; on a miss, once it is quantized."""
         model, device = self._model, self.device
-        parts = {name: self._parts(name) for name in group.names}
-        kept = {name: found.parts for name in group.names if (found := model.kept(name)) is not None and found.device.raw is device.raw}
-        described = {name: (model.rows(name), [part for part in parts[name] if part.name not in kept.get(name, ())]) for name in group.names}
+        if group.number == self._late:
+            model.wait()  # at once: to be woken for every tensor would cost those that quantize it more
+        found = {name: model.outlines(name) for name in group.names}
+        kept = {name: one.kept.parts for name, one in found.items() if one.kept is not None and one.kept.device.raw is device.raw}
+        described = {name: (one.rows, [part for part in one.parts if part.name not in kept.get(name, ())]) for name, one in found.items()}
         mapped: list[Any] = []
         made: list[Any] = []
 
@@ -400,9 +400,9 @@ class GpuModel(Mapping[str, GpuTensor]):
 
         home, places, spans = place(described, device, new, self._shared)
         for name, there in kept.items():  # quantized there: only the rest is to be brought
-            places[name] = {part.name: (there[part.name],) if part.name in there else places[name][part.name] for part in parts[name]}
+            places[name] = {part.name: (there[part.name],) if part.name in there else places[name][part.name] for part in found[name].parts}
             home.share(there.values())
-        arriving = Arriving(group, home, places, spans, mapped)
+        arriving = Arriving(group, home, places, spans, mapped, kept.keys())
         if arriving.units:  # the threads that move may still be at the layer before, or wait for a buffer
             self._check_ahead(arriving, 0)
         arriving.steps = [self._pool.submit(self._step, arriving, number) for number in range(len(arriving.units))]

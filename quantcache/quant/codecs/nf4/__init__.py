@@ -117,7 +117,7 @@ class Nf4Encoder(Encoder):
             return arrays
         first, absmax = start // reference.BLOCK, arrays["absmax"]
         self._absmax[first : first + absmax.size] = absmax
-        return {"codes": arrays["codes"]}
+        return {name: array for name, array in arrays.items() if name != "absmax"}
 
     def finish(self) -> dict[str, Array]:
         """Return the table, the state and, if nested, the quantized absmax."""
