@@ -112,8 +112,12 @@ def _pattern(raw: Array, job: Job, start: int, stop: int, *, digested: bool) -> 
         pieces.append(PiecePlace(number, part.weights, ITEMSIZE[part.dtype], base, offset, nbytes))
     if any(piece.base == WORK for piece in pieces):  # the thread's next tile will stand there
         return None
-    collected = arrays.items() if job.kind.collects else ()
-    filled = [(name, places.of(array)[1], array.dtype, array.size) for name, array in collected]
+    filled = []
+    for name, array in arrays.items() if job.kind.collects else ():
+        base, offset = places.of(array)
+        if base != OUTPUTS:
+            return None
+        filled.append((name, offset, array.dtype, array.size))
     return Pattern(calls, outputs.taken, work.taken, tuple(pieces), tuple(filled))
 
 

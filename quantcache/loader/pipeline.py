@@ -233,7 +233,10 @@ class Pipeline:
                     asked += nbytes
 
     def _start_one(self) -> None:
-        """Start a thread if more are wanted, and there is still something to do. The first starts the second, and so on: the caller would find no core at every start."""
+        """Start a thread if more are wanted, and there is still something to do.
+
+        The first starts the second, and so on: the caller would find no core at every start.
+        """
         with self._lock:
             if not self._wanted or self._stopped or not self._open:
                 return
@@ -309,9 +312,9 @@ class Pipeline:
                 self._todo.wait(0.5)
 
     def _take(self, queue: deque[Task]) -> Batch:
-        """Return the next tiles, with buffers for what comes out: small ones together, but alone at first and what is waited for, and few at the end.
+        """Return the next tiles, with buffers for what comes out.
 
-        Of those that are quantized elsewhere, as many as go there at a time, with small ones that stand between: a digest needs its order.
+        Small ones together, but alone at first and what is waited for, and few at the end. Of those that are quantized elsewhere, as many as go there at a time, with small ones that stand between: a digest needs its order.
         """
         build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
         runs: list[tuple[int, int]] = []  # of the source, as they are taken

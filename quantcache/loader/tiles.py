@@ -268,7 +268,7 @@ def _repeated(source: Source, tile: Tile, calls: Calls, work: Scratch, outputs: 
         return None
     home, at, made = outputs.room(found.outputs_nbytes)
     bench = work.array("pattern", np.uint8, found.work_nbytes)
-    homes = (source.file.bytes, first, address), (home, at, made)
+    homes = (source.file.bytes, first, address), (home, at, made)  # what pieces lie in: SOURCE, OUTPUTS
     begin, calls.name = len(calls), job.info.name
     pieces = tile.pieces = []
     for place in found.pieces:
@@ -276,7 +276,7 @@ def _repeated(source: Source, tile: Tile, calls: Calls, work: Scratch, outputs: 
         key, position = job.slots[place.part].key, start // place.weights * place.itemsize
         pieces.append(Piece(key, position, lies, base + place.offset, place.nbytes, begins + place.offset))
     wanted = digests.room(len(pieces)) if digests else 0
-    # a larger tile gets another bench: this one stays until its calls are made
+    # SOURCE, OUTPUTS, DIGESTS, WORK; a larger tile gets another bench, and this one stays until its calls are made
     calls.repeat(found.calls, (address, made, wanted, native.address(bench) if found.work_nbytes else 0), bench)
     arrays = None
     if job.kind.collects:
