@@ -369,7 +369,8 @@ class Pipeline:
         else:
             encode(build.source, tiles, work, batch.outputs, digested=digested, claims=batch.claims)
         for task, tile in batch.tiles:
-            task.away = task.away or tile.away
+            if tile.away:
+                task.away = True
             if tile.status != Status.OK:
                 task.refused = task.refused or tile.status
         if not any(tile.pieces and task.target is build.staged for task, tile in batch.tiles):
