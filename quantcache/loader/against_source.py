@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from quantcache.loader.pipeline import default_threads
 from quantcache.loader.plan import Job, Request, plan
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source, open_checkpoint
-from quantcache.loader.tiles import Piece, encode_tile, whole_pieces
+from quantcache.loader.tiles import Piece, encode_all, whole_pieces
 from quantcache.quant.codec import Scratch, Status
 
 __all__ = ["compare"]
@@ -103,25 +103,14 @@ def _tensor(source: Source, job: Job, target: _Comparison, records: dict[str, An
     scratch, slots = Scratch(), target.entry.header.slots
     record = records.get(job.info.name, {})
     while record.get("codec") != job.decision.codec or not all(_same(slot, slots.get(slot.key)) for slot in job.slots):
-        status = _encode(source, job, scratch, id)  # nothing is compared
+        status = encode_all(source, job, scratch, id)  # nothing is compared
         if status == Status.OK:
             raise _DifferenceError(f"tensor {job.info.name!r} is not stored as its source asks for")
         job = job.after(status)
-    if _encode(source, job, scratch, target.check) != Status.OK:
+    if encode_all(source, job, scratch, target.check) != Status.OK:
         raise _DifferenceError(f"tensor {job.info.name!r} is stored as its source's values refuse")
     for piece in whole_pieces(job):
         target.check(piece)
-
-
-def _encode(source: Source, job: Job, scratch: Scratch, take: Callable[[Piece], Any]) -> Status:
-    """Encode all tiles, or up to the first that the codec refuses."""
-    for start in job.tiles:
-        status, pieces = encode_tile(source, job, start, scratch, scratch)
-        if status != Status.OK:
-            return status
-        for piece in pieces:
-            take(piece)
-    return Status.OK
 
 
 def _same(planned: Slot, stored: Slot | None) -> bool:

@@ -30,7 +30,7 @@ from quantcache.errors import CacheError, CodecError, SourceError
 from quantcache.loader.digests import Claim, DigestBehind
 from quantcache.loader.plan import Job, Request
 from quantcache.loader.source import Source
-from quantcache.loader.tiles import Piece, Tile, encode_tile, whole_pieces
+from quantcache.loader.tiles import Piece, Tile, encode_all, whole_pieces
 from quantcache.quant import native
 from quantcache.quant.codec import Arena, Scratch, Status
 from quantcache.trace import span
@@ -159,13 +159,10 @@ class Build:
         with self.bringing:
             if not task.away:
                 return
-            source, job, scratch = self.source, replace(task.job), Scratch()
-            for start in job.tiles:
-                status, pieces = encode_tile(source, job, start, scratch, scratch)
-                if status != Status.OK:
-                    raise CodecError(f"tensor {job.info.name!r} was quantized elsewhere, and cannot be here: {status!r}")
-                for piece in pieces:
-                    task.target.write(piece.key, piece.position, piece.buffer)
+            source, job = self.source, replace(task.job)
+            status = encode_all(source, job, Scratch(), lambda piece: task.target.write(piece.key, piece.position, piece.buffer))
+            if status != Status.OK:
+                raise CodecError(f"tensor {job.info.name!r} was quantized elsewhere, and cannot be here: {status!r}")
             # what was collected of the tiles then is here: it must be that of these
             same = all(bytes(task.target.where(piece.key)[0]) == bytes(piece.buffer) for piece in whole_pieces(job))
             if source.file.changed() or not same:

@@ -19,7 +19,7 @@ from quantcache.quant.digest import Stream
 from quantcache.quant.native import Calls
 from quantcache.trace import span
 
-__all__ = ["Claim", "DigestBehind", "known_digest", "source_digest"]
+__all__ = ["Claim", "DigestBehind", "joined", "known_digest", "source_digest"]
 
 #: What is faulted in at a time by whoever only digests.
 _PIECE = 1 << 20
@@ -71,6 +71,16 @@ def _digest_range(file: MappedFile, start: int, stop: int, state: Streamed) -> N
         file.populate(position, nbytes)
         with span("digest", nbytes, file.path.name):
             state.update(file.memory[position : position + nbytes])
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ranges, as (first byte, the one behind the last), with each that begins where the one before it ends as a part of that."""
+    found: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return found
 
 
 class _Chunk:

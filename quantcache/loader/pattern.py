@@ -20,7 +20,7 @@ from quantcache.quant.digest import NBYTES
 from quantcache.quant.native import Template
 from quantcache.tensor import ITEMSIZE
 
-__all__ = ["DIGESTS", "OUTPUTS", "SOURCE", "WORK", "Pattern", "PiecePlace", "pattern"]
+__all__ = ["Pattern", "PiecePlace", "pattern"]
 
 Array = NDArray[Any]
 

@@ -23,7 +23,7 @@ from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, shorten
 from quantcache.loader.build import Batch, Build, Task, complete, refusal, wholes
-from quantcache.loader.digests import source_digest
+from quantcache.loader.digests import joined, source_digest
 from quantcache.loader.plan import Job
 from quantcache.loader.tiles import Quantizer, Tile, encode, encode_elsewhere
 from quantcache.quant import native
@@ -317,7 +317,7 @@ class Pipeline:
         Small ones together, but alone at first and what is waited for, and few at the end. Of those that are quantized elsewhere, as many as go there at a time, with small ones that stand between: a digest needs its order.
         """
         build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
-        runs: list[tuple[int, int]] = []  # of the source, as they are taken
+        extents: list[tuple[int, int]] = []  # of the source, as they are taken
         room = spent = aside = 0
         if queue is self._urgent:  # what is left of the tensor is shared out
             job = queue[0].job
@@ -340,19 +340,17 @@ class Pipeline:
                 spent += cost
                 full = spent > room if room else nbytes > most or made > self._made
                 if taken and (full or len(taken) == _TILES_TOGETHER):
-                    return self._batch(build, taken, runs)
+                    return self._batch(build, taken, extents)
                 task.waiting = task.waiting[1:]
                 task.active += 1
                 self._taken_nbytes += last - first
-                if runs and runs[-1][1] == first:
-                    first = runs.pop()[0]
-                runs.append((first, last))
+                extents.append((first, last))
                 taken.append((task, Tile(job, start, stop)))
-        return self._batch(build, taken, runs)
+        return self._batch(build, taken, extents)
 
-    def _batch(self, build: Build, taken: list[tuple[Task, Tile]], runs: list[tuple[int, int]]) -> Batch:
+    def _batch(self, build: Build, taken: list[tuple[Task, Tile]], extents: list[tuple[int, int]]) -> Batch:
         # claimed in the order in which tiles are taken, since a reader waits for those before it; it is kept, or the pipeline stops
-        claims = [build.behind.claim(first, last) for first, last in runs] if build.behind else []
+        claims = [build.behind.claim(first, last) for first, last in joined(extents)] if build.behind else []
         return Batch(taken, self._spare.pop(), claims)
 
     def _cost(self, job: Job) -> int:

@@ -6,7 +6,7 @@ other in C, over several tiles, is one foreign call: docs/decisions/0009-pipelin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from quantcache.cache.key import digest
 from quantcache.errors import CodecError
 from quantcache.loader import weights
-from quantcache.loader.digests import Claim
+from quantcache.loader.digests import Claim, joined
 from quantcache.loader.pattern import Pattern, pattern
 from quantcache.loader.plan import Job
 from quantcache.loader.source import Source
@@ -27,7 +27,7 @@ from quantcache.quant.native import Calls
 from quantcache.tensor import ITEMSIZE
 from quantcache.trace import span
 
-__all__ = ["Piece", "Quantizer", "Stretch", "Tile", "encode", "encode_elsewhere", "encode_tile", "whole_pieces"]
+__all__ = ["Piece", "Quantizer", "Stretch", "Tile", "encode", "encode_all", "encode_elsewhere", "encode_tile", "whole_pieces"]
 
 Array = NDArray[Any]
 
@@ -105,6 +105,26 @@ def encode_tile(source: Source, job: Job, start: int, work: Scratch, outputs: Sc
     return tile.status, tile.pieces
 
 
+def encode_all(source: Source, job: Job, scratch: Scratch, take: Callable[[Piece], Any]) -> Status:
+    """Encode all tiles of a tensor, one after the other, or up to the first that the codec refuses; return why, or OK.
+
+    Args:
+        source, job: see encode_tile.
+        scratch: the calling thread's buffers; a piece lies in them until the next tile.
+        take: called with each piece.
+
+    Raises:
+        SourceError: the source cannot be read.
+    """
+    for start in job.tiles:
+        status, pieces = encode_tile(source, job, start, scratch, scratch)
+        if status != Status.OK:
+            return status
+        for piece in pieces:
+            take(piece)
+    return Status.OK
+
+
 def encode(
     source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratch, *, digested: bool = False, claims: Sequence[Claim] = ()
 ) -> None:
@@ -169,13 +189,8 @@ class _Reading:
     def __init__(self, source: Source, tiles: Sequence[Tile], calls: Calls, claims: Sequence[Claim]) -> None:
         self._file, self._calls, self.begin = source.file, calls, len(calls)
         calls.name = tiles[0].job.info.name
-        claim, extents = Claim.of_all(claims), list[tuple[int, int]]()
-        for tile in tiles:
-            first, last = source.extent(tile.job.info, tile.start, tile.stop)
-            if extents and extents[-1][1] == first:
-                first = extents.pop()[0]
-            extents.append((first, last))
-        for first, last in extents:
+        claim = Claim.of_all(claims)
+        for first, last in joined(source.extent(tile.job.info, tile.start, tile.stop) for tile in tiles):
             if claim is None or not claim.covers(first, last):
                 source.file.add_populate(calls, first, last - first)
         if claim is not None:
@@ -267,7 +282,8 @@ def _repeated(source: Source, tile: Tile, calls: Calls, work: Scratch, outputs: 
     if found is None:
         return None
     home, at, made = outputs.room(found.outputs_nbytes)
-    bench = work.array("pattern", np.uint8, found.work_nbytes)
+    # a larger tile gets another bench: this one stays until its calls are made
+    bench = [work.array("pattern", np.uint8, found.work_nbytes)] if found.work_nbytes else []
     homes = (source.file.bytes, first, address), (home, at, made)  # what pieces lie in: SOURCE, OUTPUTS
     begin, calls.name = len(calls), job.info.name
     pieces = tile.pieces = []
@@ -276,8 +292,7 @@ def _repeated(source: Source, tile: Tile, calls: Calls, work: Scratch, outputs: 
         key, position = job.slots[place.part].key, start // place.weights * place.itemsize
         pieces.append(Piece(key, position, lies, base + place.offset, place.nbytes, begins + place.offset))
     wanted = digests.room(len(pieces)) if digests else 0
-    # SOURCE, OUTPUTS, DIGESTS, WORK; a larger tile gets another bench, and this one stays until its calls are made
-    calls.repeat(found.calls, (address, made, wanted, native.address(bench) if found.work_nbytes else 0), bench)
+    calls.repeat(found.calls, (address, made, wanted, *map(native.address, bench)), *bench)  # SOURCE, OUTPUTS, DIGESTS, WORK
     arrays = None
     if job.kind.collects:
         arrays = {name: home[at + offset : at + offset + dtype.itemsize * size].view(dtype) for name, offset, dtype, size in found.arrays}
