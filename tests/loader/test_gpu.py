@@ -373,8 +373,11 @@ def test_layers_are_written_over(device: Any, deep: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_layers_are_written_over_in_any_order(device: Any, deep: Path, tmp_path: Path, layers: int) -> None:
+def test_layers_are_written_over_in_any_order(device: Any, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
     """With reuse, whichever layer is asked for, and whatever was fetched ahead, its bytes are right until another is asked for."""
+    held: list[int] = []  # right after each buffer was made, on whichever thread
+    real = type(device).buffer
+    monkeypatch.setattr(type(device), "buffer", lambda self, nbytes, what, **how: (real(self, nbytes, what, **how), held.append(self.held))[0])
     rng = np.random.default_rng()
     qc.load(deep, "nf4", cache=tmp_path / "c").close()
     with qc.load(deep, "nf4", cache=tmp_path / "c") as model:
@@ -382,6 +385,7 @@ def test_layers_are_written_over_in_any_order(device: Any, deep: Path, tmp_path:
         wanted = {name: stored(model[name]) for name in model}
         gc.collect()
         before = device.held
+        held.clear()
         with model.upload(device, lazy=True, budget=layers * max(sizes), reuse=True) as found:
             for number in rng.integers(0, len(sizes), 150):
                 names = model.in_layers()[number]
@@ -390,6 +394,8 @@ def test_layers_are_written_over_in_any_order(device: Any, deep: Path, tmp_path:
                     time.sleep(rng.random() * 0.003)
                 assert all(there(tensor) == wanted[name] for name, tensor in tensors.items())
                 assert device.held - before <= layers * max(sizes)
+            assert held
+            assert max(held) - before <= layers * max(sizes)
 
 
 @pytest.mark.parametrize("reuse", [False, True])

@@ -362,13 +362,14 @@ class GpuModel(Mapping[str, GpuTensor]):
         """Return a buffer for a group that has made so many bytes: one of a layer that left, or a new one, for which such may have to go."""
         assert self._budget is not None
         with self._changed:
-            for number, spare in enumerate(self._spare):
-                if spare.size == nbytes:
-                    del self._spare[number]
-                    return spare
+            like = next((number for number, spare in enumerate(self._spare) if spare.size == nbytes), None)
+            if like is not None:
+                found = self._spare[like]
+                del self._spare[like]
+                return found
             held = made + nbytes + sum(other.reserved for other in self._groups if other is not group)
             while self._spare and held + sum(spare.size for spare in self._spare) > self._budget:
-                self._spare.popleft()
+                self._spare.popleft()  # of which nothing may be held here while the new one is made
         return self.device.buffer(nbytes, f"a layer of {self._model.path.name}")
 
     def _prefetch(self, groups: list[Group]) -> None:
