@@ -27,7 +27,7 @@ from quantcache.cache.key import Stamp, digest
 from quantcache.cache.locks import Lock
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, CodecError, SourceError
-from quantcache.loader.digests import Claim, DigestBehind
+from quantcache.loader.digests import DigestBehind
 from quantcache.loader.plan import Job, Request
 from quantcache.loader.source import Source
 from quantcache.loader.tiles import Piece, Tile, encode_all, whole_pieces
@@ -99,11 +99,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Hold tiles of one build that a thread quantizes together, the buffers that what comes out lies in, and what it digests of the source."""
+    """Hold tiles of one build that a thread quantizes together, and the buffers that what comes out lies in."""
 
     tiles: list[tuple[Task, Tile]]
     outputs: Arena
-    claims: list[Claim]
 
 
 @dataclass

@@ -10,21 +10,26 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from quantcache.cache.key import CHUNK, Stamp, Streamed, combine
 from quantcache.cache.store import Cache
 from quantcache.loader.mapping import MappedFile
 from quantcache.loader.source import Source
-from quantcache.quant.digest import Stream
+from quantcache.quant import native
+from quantcache.quant.digest import BLOCK, NBYTES, SUM_NBYTES, add_digest_of_sums, add_sums
 from quantcache.quant.native import Calls
 from quantcache.trace import span
 
-__all__ = ["Claim", "DigestBehind", "joined", "known_digest", "source_digest"]
+__all__ = ["Claim", "DigestBehind", "Spot", "Sums", "joined", "known_digest", "source_digest"]
 
-#: What is faulted in at a time by whoever only digests.
+#: What is faulted in at a time by whoever only digests, in whole blocks.
 _PIECE = 1 << 20
-#: What was read out of order is read once more if it is no more than this: it is in the page cache, and often nearer.
-_CATCH_UP = 8 << 20
+#: Bytes of sums that one file may have, unless others share them.
+_SUMS_NBYTES = 48 << 20
 
 
 def source_digest(source: Source, threads: int) -> str:
@@ -83,105 +88,162 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-class _Chunk:
-    """One chunk. Everything before `claimed` is digested or will be; `read` are ranges behind it that readers have had, or nobody's."""
+class Sums:
+    """Hand out memory for the sums of chunks, and take it back; no more of it than a limit. Threads share it.
 
-    __slots__ = ("claimed", "end", "read", "state")
+    Args:
+        nbytes: the limit, a sixteenth of what can be under way of files.
+    """
 
-    def __init__(self, start: int, end: int) -> None:
-        self.claimed, self.end = start, end
-        self.read: list[tuple[int, int]] = []  # apart and in order
-        self.state = Stream(start)
+    def __init__(self, nbytes: int) -> None:
+        self._lock = threading.Lock()
+        self._left = max(1, nbytes * BLOCK // SUM_NBYTES // CHUNK)
+        self._spare: list[NDArray[np.uint8]] = []
 
-    def add(self, start: int, stop: int) -> None:
-        """Note a range, which may overlap others: a tensor that turns out not to fit its plan is read twice."""
-        first = bisect_right(self.read, (start, 0))
-        if first and self.read[first - 1][1] >= start:
-            first -= 1
-            start = self.read[first][0]
-        last = first
-        while last < len(self.read) and self.read[last][0] <= stop:
-            stop = max(stop, self.read[last][1])
-            last += 1
-        self.read[first:last] = [(start, stop)]
-
-    def reaches(self, start: int) -> bool:
-        """Return whether the digest can be brought up to `start` by reading a little again."""
-        if self.claimed >= start:
-            return True
-        found = bisect_right(self.read, (self.claimed, self.end))
-        return found > 0 and self.read[found - 1][1] >= start and start - self.claimed <= _CATCH_UP
+    def take(self) -> NDArray[np.uint8] | None:
+        """Return room for a chunk's sums; None if others have all of it."""
+        with self._lock:
+            if self._spare:
+                return self._spare.pop()
+            if not self._left:
+                return None
+            self._left -= 1
+            return np.empty(CHUNK // BLOCK * SUM_NBYTES, np.uint8)
 
     @property
-    def digested(self) -> bool:
-        """Whether all of it is."""
-        return self.state.at == self.end
+    def free(self) -> bool:
+        """Whether there is room for another chunk."""
+        with self._lock:
+            return self._left > 0 or bool(self._spare)
+
+    def give(self, sums: NDArray[np.uint8]) -> None:
+        """Take back what somebody had."""
+        with self._lock:
+            self._spare.append(sums)
+
+    def clear(self) -> None:
+        """Let go of what nobody has."""
+        with self._lock:
+            self._left += len(self._spare)
+            self._spare.clear()
+
+
+class _Chunk:
+    """One chunk: which of its blocks are added up, and who is at it. Guarded by the digest's lock.
+
+    The last block, whole or not, is none of them: it is read when the digest is taken.
+    """
+
+    __slots__ = ("added", "blocks", "busy", "digest", "end", "ended", "start", "sums", "unread")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end, self.blocks = start, end, (end - start - 1) // BLOCK
+        self.added: list[tuple[int, int]] = []  # ranges of blocks, apart and in order
+        self.unread = 0  # bytes that readers are still to come for
+        self.busy = 0  # readers
+        self.sums: NDArray[np.uint8] | None = None
+        self.ended = False  # its digest is taken, or about to be
+        self.digest = b""
+
+    def add(self, first: int, last: int) -> None:
+        """Note blocks, which may be noted already: a tensor that turns out not to fit its plan is read twice."""
+        begin = bisect_right(self.added, (first, 0))
+        if begin and self.added[begin - 1][1] >= first:
+            begin -= 1
+            first = self.added[begin][0]
+        end = begin
+        while end < len(self.added) and self.added[end][0] <= last:
+            last = max(last, self.added[end][1])
+            end += 1
+        self.added[begin:end] = [(first, last)]
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Return the ranges of blocks that are not added up."""
+        edges = [0, *(edge for found in self.added for edge in found), self.blocks]
+        return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if first < last]
+
+
+class Spot(NamedTuple):
+    """Say where a reader's next blocks are, and where their sums go.
+
+    Args:
+        address, sums: of the first block, and of its sums.
+        blocks: how many.
+        added: what to tell the claim once they are added up.
+    """
+
+    address: int
+    sums: int
+    blocks: int
+    added: tuple[_Chunk, int, int]
 
 
 class Claim:
-    """Hold what a reader has to digest: its tile, and what was read before it and not digested.
+    """Hold what a reader adds up of a range while it has it in its hands: its whole blocks, from the first on."""
 
-    Whoever holds one has the calls of `add_to` made, or stops the whole digest: other readers wait for their turn.
-    """
+    def __init__(self, file: MappedFile, start: int, stop: int, parts: list[tuple[_Chunk, int, int]]) -> None:
+        self._file, self.start, self.stop = file, start, stop
+        self._parts = parts  # blocks of chunks that have room for sums, in order
+        self._at = parts[0][1] if parts else 0  # the next block of the first of them
+        self.chunks = [chunk for chunk, _, _ in parts]
+        self.added: list[tuple[_Chunk, int, int]] = []
 
-    def __init__(self, file: MappedFile, parts: list[tuple[_Chunk, int, int]]) -> None:
-        self._file, self._parts = file, parts
+    def spot(self, stop: int, least: int = 0) -> Spot | None:
+        """Return the blocks that come next and end by a place of the file, and leave them to the caller to add up.
 
-    @classmethod
-    def of_all(cls, claims: Sequence[Claim]) -> Claim | None:
-        """Return several of one file as one; what stands side by side becomes one range."""
-        parts: list[tuple[_Chunk, int, int]] = []
-        for claim in claims:
-            for chunk, start, stop in claim._parts:
-                if parts and parts[-1][0] is chunk and parts[-1][2] == start:
-                    start = parts.pop()[1]
-                parts.append((chunk, start, stop))
-        return cls(claims[0]._file, parts) if claims else None
+        Args:
+            stop: the place.
+            least: how many there should be.
 
-    def covers(self, start: int, stop: int) -> bool:
-        """Return whether a range, of one chunk, is in it."""
-        return any(first <= start and stop <= last for _, first, last in self._parts)
-
-    def add_to(self, calls: Calls) -> None:
-        """Have the bytes faulted in and digested, in turn."""
-        for chunk, start, stop in self._parts:
-            self._file.add_populate(calls, start, stop - start)
-            chunk.state.add_in_turn(calls, self._file.address + start, stop - start, start)
-
-    def keep(self) -> None:
-        """Do it.
-
-        Raises:
-            SourceError: the file cannot be read.
+        Returns:
+            None if there are fewer, or if they are of two chunks.
         """
-        calls = Calls()
-        calls.name = self._file.path.name
-        self.add_to(calls)
-        stopped = calls.run()
-        if stopped < len(calls):
-            raise self._file.unreadable(calls, stopped)
+        chunk, end = self._chunk()
+        if chunk is None or stop > chunk.end:
+            return None
+        first, last = self._at, min(end, (stop - chunk.start) // BLOCK)
+        if last - first < least:
+            return None
+        self._at = last
+        assert chunk.sums is not None
+        return Spot(self._file.address + chunk.start + first * BLOCK, native.address(chunk.sums) + first * SUM_NBYTES, last - first, (chunk, first, last))
+
+    def add_to(self, calls: Calls, stop: int) -> list[tuple[_Chunk, int, int]]:
+        """Have the blocks that come next and end by a place of the file added up; return what is to be `added` once that is done."""
+        found: list[tuple[_Chunk, int, int]] = []
+        while (chunk := self._chunk()[0]) is not None and (spot := self.spot(min(stop, chunk.end), 1)) is not None:
+            add_sums(calls, spot.address, spot.blocks, spot.sums)
+            found.append(spot.added)
+        return found
+
+    def _chunk(self) -> tuple[_Chunk | None, int]:
+        """Return the chunk of the next block, and the block behind its last; None if there is none."""
+        while self._parts and self._at >= self._parts[0][2]:
+            del self._parts[0]
+            self._at = self._parts[0][1] if self._parts else 0
+        return (self._parts[0][0], self._parts[0][2]) if self._parts else (None, 0)
 
 
 class DigestBehind:
     """Take the digest of a file from the tiles that readers have in their hands, while those are in the cache.
 
-    A digest needs its bytes in order, and readers run side by side: each claims its tile when it takes it, and digests it when
-    the one before it is through. What comes out of order is read again at the end, from the page cache.
+    XXH3 wants its bytes in order, and readers run side by side. But within a block of 1,024 bytes it only adds: so readers add blocks up
+    in any order, and when a chunk is through, what depends on the order is done with the sums, a sixteenth of the bytes. Blocks
+    at the edges of what a reader had, and what is nobody's, are read then.
 
     Args:
         file: the source.
-        covered: the ranges that readers will read; what lies between them is nobody's, and is read here.
+        covered: the ranges that readers will read, each once unless a tensor is read again.
+        room: where sums lie.
     """
 
-    def __init__(self, file: MappedFile, covered: Iterable[tuple[int, int]]) -> None:
-        self._file = file
+    def __init__(self, file: MappedFile, covered: Iterable[tuple[int, int]], room: Sums | None = None) -> None:
+        self._file, self.room = file, room or Sums(_SUMS_NBYTES)
         self._lock = threading.Lock()
         self._chunks = [_Chunk(start, min(start + CHUNK, file.nbytes)) for start in range(0, file.nbytes, CHUNK)]
-        position = 0
-        for start, stop in [*sorted(covered), (file.nbytes, file.nbytes)]:
-            for chunk, first, last in self._parts(position, start):
-                chunk.add(first, last)
-            position = max(position, stop)
+        for start, stop in covered:
+            for chunk, first, last in self._parts(start, stop):
+                chunk.unread += last - first
 
     def _parts(self, start: int, stop: int) -> list[tuple[_Chunk, int, int]]:
         if stop <= start:
@@ -190,57 +252,106 @@ class DigestBehind:
         return [(self._chunks[n], max(start, n * CHUNK), min(stop, self._chunks[n].end)) for n in numbers]
 
     def claim(self, start: int, stop: int) -> Claim:
-        """Return what a reader of a range has to digest: all of it, or less if it comes out of order or is read again."""
+        """Return what a reader of a range has to add up: nothing of a chunk whose sums find no room. It is to be given back."""
         mine = []
         with self._lock:
             for chunk, first, last in self._parts(start, stop):
-                if chunk.claimed < last and chunk.reaches(first):
-                    mine.append((chunk, chunk.claimed, last))
-                    chunk.claimed = last
-                else:
-                    chunk.add(first, last)
-        return Claim(self._file, mine)
+                chunk.unread -= last - first
+                begin, end = -(-(first - chunk.start) // BLOCK), min(chunk.blocks, (last - chunk.start) // BLOCK)
+                if chunk.ended or begin >= end:
+                    continue
+                if chunk.sums is None:
+                    chunk.sums = self.room.take()
+                if chunk.sums is not None:
+                    chunk.busy += 1
+                    mine.append((chunk, begin, end))
+        return Claim(self._file, start, stop, mine)
 
-    def stop(self) -> None:
-        """Let nobody wait any more: a claim may never be kept, and the digest cannot be had then."""
-        for chunk in self._chunks:
-            chunk.state.stop()
+    def claims(self, extents: Sequence[tuple[int, int]]) -> list[Claim]:
+        """Return what the readers of several ranges have to add up, in this order: one claim for all that follow each other."""
+        found: list[Claim] = []
+        for number, (start, _) in enumerate(extents):
+            if found and extents[number - 1][1] == start:
+                continue
+            end = number + 1
+            while end < len(extents) and extents[end][0] == extents[end - 1][1]:
+                end += 1
+            found += [self.claim(start, extents[end - 1][1])] * (end - number)
+        return found
+
+    def give_back(self, claims: Iterable[Claim]) -> None:
+        """Take what was added up; a claim may come several times."""
+        with self._lock:
+            for claim in dict.fromkeys(claims):
+                for added in claim.added:
+                    added[0].add(*added[1:])
+                for chunk in claim.chunks:
+                    chunk.busy -= 1
 
     def finish_one(self) -> None:
-        """Digest the rest of one chunk that nobody is busy with.
+        """Take the digest of one chunk that nobody is busy with; of one that is read, if there is one.
 
         Raises:
             SourceError: it cannot be read.
         """
         with self._lock:
-            chunk = next(filter(self._is_idle, self._chunks), None)
+            chunk = next(filter(self._is_ripe, self._chunks), None) or next(filter(self._is_idle, self._chunks), None)
             if chunk is None:
                 return
-            start, chunk.claimed = chunk.claimed, chunk.end
-        pieces = range(start, chunk.end, _PIECE)
-        Claim(self._file, [(chunk, position, min(position + _PIECE, chunk.end)) for position in pieces]).keep()
+            if chunk.blocks and chunk.sums is None:
+                chunk.sums = self.room.take()
+                if chunk.sums is None:  # another thread was quicker
+                    return
+            chunk.ended = True
+        sums = np.empty(0, np.uint8) if chunk.sums is None else chunk.sums
+        calls, begin, found = Calls(), self._file.address + chunk.start, np.empty(NBYTES, np.uint8)
+        calls.name = self._file.path.name
+        for first, last in chunk.missing():
+            for block in range(first, last, max(1, _PIECE // BLOCK)):
+                count = min(max(1, _PIECE // BLOCK), last - block)
+                self._file.add_populate(calls, chunk.start + block * BLOCK, count * BLOCK)
+                add_sums(calls, begin + block * BLOCK, count, native.address(sums) + block * SUM_NBYTES)
+        last = max(0, chunk.blocks - 1) * BLOCK  # of a short end the stripe before it is read, too
+        self._file.add_populate(calls, chunk.start + last, chunk.end - chunk.start - last)
+        add_digest_of_sums(calls, begin, chunk.end - chunk.start, native.address(sums), native.address(found))
+        stopped = calls.run()
+        if stopped < len(calls):
+            raise self._file.unreadable(calls, stopped)
+        with self._lock:
+            if chunk.sums is not None:
+                self.room.give(chunk.sums)
+            chunk.sums, chunk.digest = None, found.tobytes()
+
+    def _is_idle(self, chunk: _Chunk) -> bool:
+        return not chunk.ended and not chunk.busy and (chunk.sums is not None or not chunk.blocks or self.room.free)
 
     @staticmethod
-    def _is_idle(chunk: _Chunk) -> bool:
-        return chunk.state.at == chunk.claimed < chunk.end
+    def _is_ripe(chunk: _Chunk) -> bool:
+        return chunk.sums is not None and not chunk.ended and not chunk.busy and chunk.unread <= 0
+
+    @property
+    def ripe(self) -> bool:
+        """Whether there is a chunk that readers are through with: its room is wanted for others."""
+        with self._lock:
+            return any(map(self._is_ripe, self._chunks))
 
     @property
     def idle(self) -> bool:
-        """Whether there is a chunk with bytes left that nobody is busy with."""
+        """Whether there is a chunk without a digest that nobody is busy with, and room for it."""
         with self._lock:
             return any(map(self._is_idle, self._chunks))
 
     @property
     def open(self) -> bool:
-        """Whether bytes are left that nobody has digested yet."""
-        return not all(chunk.digested for chunk in self._chunks)
+        """Whether chunks are left that have no digest yet."""
+        return not all(chunk.digest for chunk in self._chunks)
 
     def result(self) -> str:
         """Return the digest of the whole file.
 
         Raises:
-            ValueError: bytes are left.
+            ValueError: chunks are left.
         """
         if self.open:
             raise ValueError("the digest is not complete")
-        return combine([chunk.state.digest() for chunk in self._chunks], self._file.nbytes)
+        return combine([chunk.digest for chunk in self._chunks], self._file.nbytes)

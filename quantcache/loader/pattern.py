@@ -6,6 +6,8 @@ themselves, for small tensors; to repeat takes a copy, and a sum for each addres
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,8 @@ from numpy.typing import NDArray
 from quantcache.loader import weights
 from quantcache.loader.plan import Job
 from quantcache.quant import native
-from quantcache.quant.codec import Arena
-from quantcache.quant.digest import NBYTES
+from quantcache.quant.codec import Arena, Call, Scratch
+from quantcache.quant.digest import BLOCK, NBYTES, SUM_NBYTES
 from quantcache.quant.native import Template
 from quantcache.tensor import ITEMSIZE
 
@@ -24,10 +26,13 @@ __all__ = ["Pattern", "PiecePlace", "pattern"]
 
 Array = NDArray[Any]
 
-#: What addresses count from: a tile's bytes in the source, what is made of it, its digests, what its thread works with.
-SOURCE, OUTPUTS, DIGESTS, WORK = range(4)
+#: What arguments count from: a tile's bytes in the source, what is made of it, its digests; the blocks of the source that are added up,
+#: their sums, how many there are; what its thread works with.
+SOURCE, OUTPUTS, DIGESTS, BLOCKS, SUMS, COUNT, WORK = range(7)
 #: What is made of a tile takes at most so many bytes a weight, and so many more; as much is between its source and that.
 _ROOM, _MORE = 8, 1 << 16
+#: Weights that a kernel takes at a time where the source is digested, too: what it has read is then still in the core's own cache.
+_RUN = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,7 @@ class Pattern:
         outputs_nbytes, work_nbytes: what they need.
         pieces: what is stored.
         arrays: what an encoder collects: name, first byte in the outputs, element type, number of elements.
+        least_blocks: of the source, that can be added up: with fewer the calls would be wrong.
     """
 
     calls: Template
@@ -65,41 +71,50 @@ class Pattern:
     work_nbytes: int
     pieces: tuple[PiecePlace, ...]
     arrays: tuple[tuple[str, int, np.dtype[Any], int], ...]
+    least_blocks: int
 
 
-def pattern(raw: Array, job: Job, start: int, stop: int, *, digested: bool) -> Pattern | None:
+def pattern(raw: Array, job: Job, count: int, *, digested: bool, summed: bool) -> Pattern | None:
     """Return the pattern of a tile; None if Python has to do a part of it.
 
     Args:
         raw: its bytes in the source, little-endian; they need not be there yet.
         job: what becomes of it.
-        start, stop: first weight, and the one behind the last.
+        count: of its weights.
         digested: whether what is stored is to be digested.
+        summed: whether blocks of the source are to be added up: from one on that begins at most at its first whole block.
     """
     try:
-        return _pattern(raw, job, start, stop, digested=digested)
+        return _pattern(raw, job, count, digested=digested, summed=summed)
     except _OutsideError:
         return None
 
 
-def _pattern(raw: Array, job: Job, start: int, stop: int, *, digested: bool) -> Pattern | None:
+def _pattern(raw: Array, job: Job, count: int, *, digested: bool, summed: bool) -> Pattern | None:
     places = _Places()
     places.add(raw, SOURCE)
-    outputs, work = (Arena(_ROOM * (stop - start) + _MORE) for _ in range(2))
+    outputs, work = _Recorded(_ROOM * count + _MORE), Arena(_ROOM * count + _MORE)
     places.add(outputs.room(0)[0], OUTPUTS)
     places.add(work.room(0)[0], WORK)
-    calls, arrays = Template(), {"values": raw}
-    if job.encoder is not None:
-        widened = weights.prepare(raw, job, start, work)
-        prepared = widened and job.encoder.prepare(widened[1], outputs)
-        if widened is None or prepared is None:
-            return None
-        arrays = prepared[1]
-        for call, phase in ((widened[0], "decode"), (prepared[0], "quantize")):
-            if call is None:
-                continue
+    whole = _prepared(raw, job, count, work, outputs)
+    if whole is None:
+        return None
+    arrays, runs, work_nbytes = whole[1], [(count, whole[0])], work.taken
+    with contextlib.suppress(_OutsideError):  # what cannot be cut is one run
+        if summed and (cut := _cut(raw, job, count, work, outputs)) is not None:
+            runs, work_nbytes = cut
+    calls, least_blocks, done = Template(), 0, 0
+    for number, (size, made) in enumerate(runs):
+        for call, phase, nbytes in made:
             words = [argument if isinstance(argument, int) else places.of(argument) for argument in call[1:]]
-            calls.add(native.kernel(call[0]), words, phase=phase, nbytes=widened[1].nbytes)
+            calls.add(native.kernel(call[0]), words, phase=phase, nbytes=nbytes)
+        done += size
+        if summed:
+            last = number == len(runs) - 1
+            blocks = 0 if last else raw.nbytes * done // count // BLOCK - least_blocks
+            at = [(BLOCKS, least_blocks * BLOCK), (COUNT, -least_blocks) if last else blocks, (SUMS, least_blocks * SUM_NBYTES)]
+            calls.add(native.kernel("digest_sums"), at, phase="digest", nbytes=raw.nbytes * size // count)
+            least_blocks += blocks
     pieces: list[PiecePlace] = []
     for number, part in enumerate(job.kind.parts):
         if not part.weights:
@@ -118,7 +133,88 @@ def _pattern(raw: Array, job: Job, start: int, stop: int, *, digested: bool) -> 
         if base != OUTPUTS:
             return None
         filled.append((name, offset, array.dtype, array.size))
-    return Pattern(calls, outputs.taken, work.taken, tuple(pieces), tuple(filled))
+    return Pattern(calls, outputs.taken, work_nbytes, tuple(pieces), tuple(filled), least_blocks)
+
+
+#: what is called for some weights: call, phase, bytes that it goes over
+_Made = list[tuple[Call, str, int]]
+
+
+def _prepared(raw: Array, job: Job, count: int, work: Scratch, outputs: Scratch) -> tuple[_Made, dict[str, Array]] | None:
+    """Return what makes stored weights of bytes, and the arrays that it fills; None if Python does."""
+    if job.encoder is None:
+        return [], {"values": raw}
+    widened = weights.prepare(raw, job, count, work)
+    prepared = widened and job.encoder.prepare(widened[1], outputs)
+    if widened is None or prepared is None:
+        return None
+    calls = (widened[0], "decode"), (prepared[0], "quantize")
+    return [(call, phase, widened[1].nbytes) for call, phase in calls if call is not None], prepared[1]
+
+
+def _cut(raw: Array, job: Job, count: int, work: Arena, outputs: _Recorded) -> tuple[list[tuple[int, _Made]], int] | None:
+    """Cut a tile into runs that together fill what the whole would.
+
+    Args:
+        raw, job, count: see pattern.
+        work: what a run works with; the next one works with the same.
+        outputs: what was asked for the whole.
+
+    Returns:
+        The runs, as weights and calls, and the bytes that they work with; None if they fill something else, or there is but one.
+    """
+    step = max(1, _RUN // job.kind.unit) * job.kind.unit
+    edges = [*range(0, count - step + 1, step), count] if job.encoder is not None and job.tile >= step else []
+    runs, slices, work_nbytes = list[tuple[int, _Made]](), outputs.again(), 0
+    for start, stop in itertools.pairwise(edges):
+        work.clear()
+        first, last = (weight * raw.nbytes // count for weight in (start, stop))
+        made = _prepared(raw[first:last], job, stop - start, work, slices)
+        if made is None:
+            return None
+        runs.append((stop - start, made[0]))
+        work_nbytes = max(work_nbytes, work.taken)
+    return (runs, work_nbytes) if len(runs) > 1 and slices.used_up else None
+
+
+class _Recorded(Arena):
+    """Keep what was asked for a tile, to give it out again in runs."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(nbytes)
+        self.asked: dict[str, Array] = {}
+
+    def array(self, slot: str, dtype: Any, size: int) -> Array:
+        """Return `size` elements, and remember them."""
+        if slot in self.asked:
+            raise _OutsideError
+        self.asked[slot] = super().array(slot, dtype, size)
+        return self.asked[slot]
+
+    def again(self) -> _Slices:
+        """Return what gives them out again."""
+        return _Slices(self.asked)
+
+
+class _Slices(Scratch):
+    """Give arrays out run by run, from the front."""
+
+    def __init__(self, whole: dict[str, Array]) -> None:
+        super().__init__()
+        self._whole, self._taken = whole, dict.fromkeys(whole, 0)
+
+    def array(self, slot: str, dtype: Any, size: int) -> Array:
+        """Return the next elements of what was asked for the whole."""
+        whole, first = self._whole.get(slot), self._taken.get(slot, 0)
+        if whole is None or whole.dtype != dtype or first + size > whole.size:
+            raise _OutsideError
+        self._taken[slot] = first + size
+        return whole[first : first + size]
+
+    @property
+    def used_up(self) -> bool:
+        """Whether everything was given out."""
+        return all(self._taken[slot] == whole.size for slot, whole in self._whole.items())
 
 
 class _OutsideError(Exception):

@@ -23,7 +23,7 @@ from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, shorten
 from quantcache.loader.build import Batch, Build, Task, complete, refusal, wholes
-from quantcache.loader.digests import joined, source_digest
+from quantcache.loader.digests import Sums, source_digest
 from quantcache.loader.plan import Job
 from quantcache.loader.tiles import Quantizer, Tile, encode, encode_elsewhere
 from quantcache.quant import native
@@ -32,7 +32,8 @@ from quantcache.trace import Profile, working_for
 
 __all__ = ["Cancelled", "Pipeline", "Progress", "default_threads"]
 
-#: Memory of a worker is about 12 MB where it merges, and there is what all have made (_ALL_MADE): at most this many stay within 256 MiB.
+#: Memory of a worker is about 8 MB where it merges, and there are what all have made and added up (_ALL_MADE, _ALL_SUMS): at most this many
+#: stay within 256 MiB.
 MAX_THREADS = 16
 #: Bytes that the disk is ahead of the workers, and of one request: docs/decisions/0009-pipeline.md.
 _AHEAD = 64 << 20
@@ -40,6 +41,8 @@ _AHEAD_STEP = 4 << 20
 #: What a thread takes at a time at most, in bytes of the source and in tiles: what Python does between calls it does once for all
 #: of them. And the bytes that may come out of what all threads take, and are in memory until they are written.
 _TOGETHER, _TILES_TOGETHER, _ALL_MADE = 16 << 20, 64, 64 << 20
+#: And the bytes of sums of the sources' blocks, a sixteenth of what was read of chunks that others are still at.
+_ALL_SUMS = 48 << 20
 #: Bytes of small tensors that a thread quantizes beside what it has quantized elsewhere.
 _ASIDE = 1 << 20
 #: How long a cancelled load waits for its threads: Ctrl-C is to be answered within a second.
@@ -131,6 +134,10 @@ class Pipeline:
             count = min(count, quantizer.threads)
         spare = count + (0 if elsewhere else min(count, 4))  # steps elsewhere are large
         self._made = _ALL_MADE // spare
+        self._sums = Sums(_ALL_SUMS)
+        for build in builds:
+            if build.behind is not None:
+                build.behind.room = self._sums
         self._spare = [Arena(min(self._made, self._total[0])) for _ in range(spare)]
         self._alive, self._wanted, self._count = 0, count, count
         self._threads: list[threading.Thread] = []
@@ -271,12 +278,9 @@ class Pipeline:
                 build.drop()
 
     def _stop(self, failure: BaseException | None) -> None:
-        """Have all threads end, for a reason or because somebody wants it; nobody waits for a digest that may never go on."""
+        """Have all threads end, for a reason or because somebody wants it."""
         with self._lock:
             self.failure, self._cancelled = self.failure or failure, self._cancelled or failure is None
-            for build in self.builds:
-                if build.behind is not None:
-                    build.behind.stop()
             self._wake()
 
     def _wake(self) -> None:
@@ -289,22 +293,22 @@ class Pipeline:
         return self._cancelled or self.failure is not None
 
     def _next(self) -> Callable[[Scratch], None] | None:
-        """Return the next piece of work: urgent tiles, tiles, the rest of a digest, a publication."""
+        """Return the next piece of work: urgent tiles, the digest of what is read, tiles, the rest of a digest, a publication."""
         with self._lock:
             while True:
                 if self._stopped or not self._open:
                     return None
+                behinds = [build.behind for build in self.builds if build.behind is not None and not build.published]
                 waiting = False
                 for queue in (self._urgent, self._queue):
-                    if _head(queue) is None:
-                        continue
-                    if self._spare:
-                        batch = self._take(queue)
-                        return lambda work, batch=batch: self._quantize(batch, work)  # type: ignore[misc]
-                    waiting = True
-                for build in self.builds if not waiting else ():
-                    if build.behind is not None and build.behind.idle:
-                        return lambda _, behind=build.behind: behind.finish_one()  # type: ignore[misc]
+                    if _head(queue) is not None:
+                        if self._spare:
+                            batch = self._take(queue)
+                            return lambda work, batch=batch: self._quantize(batch, work)  # type: ignore[misc]
+                        waiting = True
+                    for behind in behinds:
+                        if behind.ripe if queue is self._urgent or waiting else behind.idle:
+                            return lambda _, behind=behind: behind.finish_one()  # type: ignore[misc]
                 for build in self.builds:
                     if build.left == 0 and not (build.behind and build.behind.open) and not build.published:
                         build.published = True
@@ -349,9 +353,10 @@ class Pipeline:
         return self._batch(build, taken, extents)
 
     def _batch(self, build: Build, taken: list[tuple[Task, Tile]], extents: list[tuple[int, int]]) -> Batch:
-        # claimed in the order in which tiles are taken, since a reader waits for those before it; it is kept, or the pipeline stops
-        claims = [build.behind.claim(first, last) for first, last in joined(extents)] if build.behind else []
-        return Batch(taken, self._spare.pop(), claims)
+        if build.behind is not None:
+            for (_, tile), claim in zip(taken, build.behind.claims(extents), strict=True):
+                tile.claim = claim
+        return Batch(taken, self._spare.pop())
 
     def _cost(self, job: Job) -> int:
         """Return what a tile of a job takes of the quantizer's room; 0 if the CPU is to do it."""
@@ -363,9 +368,13 @@ class Pipeline:
         build, tiles = batch.tiles[0][0].build, [tile for _, tile in batch.tiles]
         digested = any(task.target is build.staged for task, _ in batch.tiles)
         if self._quantizer is not None and any(self._cost(tile.job) for tile in tiles):
-            encode_elsewhere(build.source, tiles, work, batch.outputs, self._quantizer, digested=digested, claims=batch.claims)
+            encode_elsewhere(build.source, tiles, work, batch.outputs, self._quantizer, digested=digested)
         else:
-            encode(build.source, tiles, work, batch.outputs, digested=digested, claims=batch.claims)
+            encode(build.source, tiles, work, batch.outputs, digested=digested)
+        if build.behind is not None:
+            build.behind.give_back(tile.claim for tile in tiles if tile.claim is not None)
+            with self._lock:  # somebody may have nothing else to do than to finish what was read
+                self._todo.notify()
         for task, tile in batch.tiles:
             if tile.away:
                 task.away = True
@@ -485,6 +494,9 @@ class Pipeline:
             build.drop()
             with self._lock:
                 self._open -= 1
+                if not self._open:
+                    self._spare.clear()
+                    self._sums.clear()
                 self._wake()
 
     def _store(self, build: Build, cache: Cache, staged: StagedEntry) -> None:

@@ -127,6 +127,7 @@ class Kind:
         variants: the layouts to try in turn; of changed weights that are kept, element types.
         size: weights.
         tile: weights of a tile; the last may have fewer.
+        unit: weights that tiles are made of.
         collects: each needs an encoder of its own.
         encoder: what all share, with the ends of names for keys; None if copied, or if each needs its own.
         parts: the stored arrays, with the ends of names for keys.
@@ -145,7 +146,7 @@ class Kind:
         self.encoder: Encoder | None = None
         self.collects = False
         if self.copies:
-            self.tile = TILE * 4 // ITEMSIZE[info.dtype]
+            self.tile, self.unit = TILE * 4 // ITEMSIZE[info.dtype], 1
             self.parts: tuple[Part, ...] = (Part("values", self._ending, info.dtype, info.shape, 1),)
         else:
             encoder = self.own_encoder()
@@ -156,7 +157,7 @@ class Kind:
                 # whole rows, so that a product is one rectangle of every tile
                 rows = math.lcm(multiple, info.size // max(1, info.shape[0]) or 1)
                 multiple = rows if rows <= TILE else multiple
-            self.tile = max(1, TILE // multiple) * multiple
+            self.tile, self.unit = max(1, TILE // multiple) * multiple, multiple
         self.slots = [(part.key, part.dtype, part.shape, self._chunk(part) or 1, part.nbytes) for part in self.parts]
         #: bytes that are made of the source's, and not the source's own
         self.made_nbytes = 0 if self.copies else sum(part.nbytes for part in self.parts)

@@ -74,6 +74,7 @@ class Tile:
         status: OK, or why the job's codec refuses the values.
         pieces: what is to be stored, if it is OK.
         away: it is OK, and what became of it is only where it was quantized.
+        claim: what is to be digested of the source up to its end, with that of other tiles; None if nothing is.
     """
 
     job: Job
@@ -82,6 +83,7 @@ class Tile:
     status: Status = Status.OK
     pieces: list[Piece] = field(default_factory=list)
     away: bool = False
+    claim: Claim | None = None
 
 
 def encode_tile(source: Source, job: Job, start: int, work: Scratch, outputs: Scratch) -> tuple[Status, list[Piece]]:
@@ -125,9 +127,7 @@ def encode_all(source: Source, job: Job, scratch: Scratch, take: Callable[[Piece
     return Status.OK
 
 
-def encode(
-    source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratch, *, digested: bool = False, claims: Sequence[Claim] = ()
-) -> None:
+def encode(source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Scratch, *, digested: bool = False) -> None:
     """Read and quantize tiles of one file, in one foreign call where Python has nothing to do in between.
 
     Args:
@@ -136,7 +136,6 @@ def encode(
         work: the calling thread's buffers.
         outputs: buffers that the pieces may lie in; for more than one tile an Arena.
         digested: whether the pieces are to have their digests.
-        claims: what is to be digested of the source.
 
     Raises:
         SourceError: the source cannot be read.
@@ -145,7 +144,7 @@ def encode(
     if not tiles:
         return
     calls = Calls()
-    steps = _reading(source, tiles, calls, claims)
+    steps = _reading(source, tiles, calls)
     here = source.big_endian or native.level() == "reference"
     digests = _Digests(tiles if digested else ())
     for tile in tiles:
@@ -155,6 +154,8 @@ def encode(
             _encode_here(tile, _bytes(source, tile), work, outputs)
             steps = []
             step = _Encoding(tile, calls, digests, None)
+            if tile.claim is not None:
+                step.add_sums(tile.claim, source.extent(tile.job.info, tile.start, tile.stop)[1])
             if digested:
                 step.add_digests()
         steps.append(step)
@@ -184,17 +185,13 @@ class _Digests:
 
 
 class _Reading:
-    """Add the calls that read tiles, all before the first is quantized: other readers wait for the digests of their bytes."""
+    """Add the calls that read tiles, those that stand side by side together."""
 
-    def __init__(self, source: Source, tiles: Sequence[Tile], calls: Calls, claims: Sequence[Claim]) -> None:
+    def __init__(self, source: Source, tiles: Sequence[Tile], calls: Calls) -> None:
         self._file, self._calls, self.begin = source.file, calls, len(calls)
         calls.name = tiles[0].job.info.name
-        claim = Claim.of_all(claims)
         for first, last in joined(source.extent(tile.job.info, tile.start, tile.stop) for tile in tiles):
-            if claim is None or not claim.covers(first, last):
-                source.file.add_populate(calls, first, last - first)
-        if claim is not None:
-            claim.add_to(calls)
+            source.file.add_populate(calls, first, last - first)
         self.end = len(calls)
 
     def done(self) -> None:
@@ -209,10 +206,10 @@ class _Reading:
         raise self._file.unreadable(self._calls, call)
 
 
-def _reading(source: Source, tiles: Sequence[Tile], calls: Calls, claims: Sequence[Claim]) -> list[_Reading | _Encoding]:
+def _reading(source: Source, tiles: Sequence[Tile], calls: Calls) -> list[_Reading | _Encoding]:
     """Return the step that reads tiles; at the reference level, which has no calls, they are read now."""
     if native.level() != "reference":
-        return [_Reading(source, tiles, calls, claims)]
+        return [_Reading(source, tiles, calls)]
     for tile in tiles:
         first, last = source.extent(tile.job.info, tile.start, tile.stop)
         source.file.populate(first, last - first)
@@ -235,6 +232,13 @@ class _Encoding:
         self.end = len(calls)
         self.begin = self.end if begin is None else begin
         self.digests_at = 0  # 0 if the pieces have theirs
+        self.added: list[Any] = []  # of the tile's claim
+
+    def add_sums(self, claim: Claim, stop: int) -> None:
+        """Add what digests the source up to a place."""
+        self._calls.name = self._tile.job.info.name
+        self.added = claim.add_to(self._calls, stop)
+        self.end = len(self._calls)
 
     def add_digests(self) -> None:
         """Add what digests the pieces, or take their digests now, at the reference level."""
@@ -253,6 +257,8 @@ class _Encoding:
         if self.digests_at:
             for piece, found in zip(pieces, self._digests.at(self.digests_at, len(pieces)), strict=True):
                 piece.digest = found
+        if self._tile.claim is not None:
+            self._tile.claim.added += self.added
         if self._arrays is not None and self._tile.job.encoder is not None:
             self._tile.job.encoder.encoded(self._tile.start, self._arrays)
 
@@ -271,14 +277,13 @@ class _Encoding:
 def _repeated(source: Source, tile: Tile, calls: Calls, work: Scratch, outputs: Scratch, digests: _Digests) -> _Encoding | None:
     """Add the calls of a tile's pattern; None if it has none."""
     job, start = tile.job, tile.start
-    first = source.extent(job.info, start, tile.stop)[0]
+    first, last = source.extent(job.info, start, tile.stop)
     address = source.file.address + first
-    # whether a kernel can read it where it lies is not its kind's, but the file's
-    alike = tile.stop - start, bool(digests), address % 8
-    try:
-        found: Pattern | None = job.kind.patterns[alike]
-    except KeyError:
-        found = job.kind.patterns[alike] = pattern(_bytes(source, tile), job, start, tile.stop, digested=bool(digests))
+    found, spot = _pattern(source, tile, address, digested=bool(digests), summed=tile.claim is not None), None
+    if found is not None and tile.claim is not None:
+        spot = tile.claim.spot(last, found.least_blocks)
+        if spot is None:  # where a chunk ends
+            found = _pattern(source, tile, address, digested=bool(digests), summed=False)
     if found is None:
         return None
     home, at, made = outputs.room(found.outputs_nbytes)
@@ -292,13 +297,29 @@ def _repeated(source: Source, tile: Tile, calls: Calls, work: Scratch, outputs: 
         key, position = job.slots[place.part].key, start // place.weights * place.itemsize
         pieces.append(Piece(key, position, lies, base + place.offset, place.nbytes, begins + place.offset))
     wanted = digests.room(len(pieces)) if digests else 0
-    calls.repeat(found.calls, (address, made, wanted, *map(native.address, bench)), *bench)  # SOURCE, OUTPUTS, DIGESTS, WORK
+    blocks = (spot.address, spot.sums, spot.blocks) if spot is not None else (0, 0, 0)
+    calls.repeat(found.calls, (address, made, wanted, *blocks, *map(native.address, bench)), *bench)  # as quantcache.loader.pattern has them
     arrays = None
     if job.kind.collects:
         arrays = {name: home[at + offset : at + offset + dtype.itemsize * size].view(dtype) for name, offset, dtype, size in found.arrays}
     step = _Encoding(tile, calls, digests, arrays, begin)
     step.digests_at = wanted
+    if spot is not None:
+        step.added = [spot.added]
+    elif tile.claim is not None:
+        step.add_sums(tile.claim, last)
     return step
+
+
+def _pattern(source: Source, tile: Tile, address: int, *, digested: bool, summed: bool) -> Pattern | None:
+    """Return a tile's pattern, found once for its kind; whether a kernel can read it where it lies is not the kind's, but the file's."""
+    alike = tile.stop - tile.start, digested, address % 8, summed
+    patterns = tile.job.kind.patterns
+    try:
+        known: Pattern | None = patterns[alike]
+    except KeyError:
+        known = patterns[alike] = pattern(_bytes(source, tile), tile.job, alike[0], digested=digested, summed=summed)
+    return known
 
 
 def _make(calls: Calls, steps: list[_Reading | _Encoding]) -> None:
@@ -393,21 +414,27 @@ class Quantizer(Protocol):
 
 
 def encode_elsewhere(
-    source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Arena, quantizer: Quantizer, *, digested: bool, claims: Sequence[Claim] = ()
+    source: Source, tiles: Sequence[Tile], work: Scratch, outputs: Arena, quantizer: Quantizer, *, digested: bool
 ) -> None:
     """Read tiles, those of a tensor consecutive, and have them quantized.
 
     What nobody digests nobody stores: of that, what the quantizer keeps stays with it.
 
     Args:
-        source, tiles, work, outputs, digested, claims: see encode.
+        source, tiles, work, outputs, digested: see encode.
         quantizer: does it; what it refuses, or is not for it, is done here.
     """
     tiles = [tile for tile in tiles if tile.stop > tile.start]
     if not tiles:
         return
     calls = Calls()
-    _make(calls, _reading(source, tiles, calls, claims))
+    reading = _reading(source, tiles, calls)
+    for tile in tiles:
+        if tile.claim is not None:
+            adding = _Encoding(tile, calls, _Digests(()), None)
+            adding.add_sums(tile.claim, source.extent(tile.job.info, tile.start, tile.stop)[1])
+            reading.append(adding)
+    _make(calls, reading)
     together: list[list[Tile]] = []
     left: list[Tile] = []
     for tile in tiles:

@@ -23,8 +23,8 @@ __all__ = ["prepare", "widened"]
 
 Array = NDArray[Any]
 
-#: Elements of an adapter's matrices that are widened at a time: 4 MB a buffer, whatever the rank and the width.
-_PIECE = 1 << 20
+#: Elements of an adapter's matrices that are widened at a time: 2 MB a buffer, whatever the rank and the width.
+_PIECE = 1 << 19
 
 
 def widened(raw: Array, job: Job, start: int, scratch: Scratch) -> Array:
@@ -42,7 +42,7 @@ def widened(raw: Array, job: Job, start: int, scratch: Scratch) -> Array:
     info = job.info
     if job.as_stored:
         return _elements(raw, info)
-    wide = _room(job, start, scratch)
+    wide = scratch.array("weights", np.float32, min(job.tile, job.size - start))
     with span("decode", raw.nbytes, info.name):
         if info.is_block:
             blocks.decode(info.dtype, raw, wide, "F32")
@@ -58,11 +58,12 @@ def widened(raw: Array, job: Job, start: int, scratch: Scratch) -> Array:
     return wide
 
 
-def prepare(raw: Array, job: Job, start: int, scratch: Scratch) -> tuple[Call | None, Array] | None:
+def prepare(raw: Array, job: Job, count: int, scratch: Scratch) -> tuple[Call | None, Array] | None:
     """Return the kernel's call that makes the weights, and where they will be; None if only `widened` can make them.
 
     Args:
-        raw, job, start, scratch: see widened; the bytes need not be there yet.
+        raw, job, scratch: see widened; the bytes need not be there yet.
+        count: of the weights.
     """
     info = job.info
     if job.as_stored:
@@ -70,12 +71,8 @@ def prepare(raw: Array, job: Job, start: int, scratch: Scratch) -> tuple[Call | 
         return (None, found) if found.flags.aligned else None
     if not info.is_block or job.changes or job.decision.exponent:
         return None
-    wide = _room(job, start, scratch)
+    wide = scratch.array("weights", np.float32, count)
     return blocks.prepare(info.dtype, raw, wide, "F32"), wide
-
-
-def _room(job: Job, start: int, scratch: Scratch) -> Array:
-    return scratch.array("weights", np.float32, min(job.tile, job.size - start))
 
 
 def _elements(raw: Array, info: TensorInfo) -> Array:

@@ -25,19 +25,34 @@
 #define QC_ANY_FUNCTION
 #endif
 
+enum { ARGUMENTS = 8, PHASES = 3, UNDECODED = 1 << 16 };
+
 /* One call, as quantcache.quant.native.Calls lays it out. */
 typedef struct {
-    uint64_t function, count; /* of arguments, at most 8 */
+    uint64_t function, count; /* of arguments; no function: what the first argument says, with the others as bases */
     int64_t status, done_ns;  /* written: what it returned, and when, since the first began */
-    uint64_t a[8];
+    int64_t phase_ns[PHASES]; /* written: of what the first argument says, how long each phase took */
+    uint64_t a[ARGUMENTS];
 } call_t;
+
+/* Calls of which arguments count from bases, as quantcache.quant.native.Template lays them out. */
+typedef struct {
+    uint64_t function, count;
+    uint64_t phase; /* 0: decodes, which nothing else is called after if it fails; 1, 2: others */
+    struct {
+        uint64_t base, offset;
+    } a[ARGUMENTS];
+} repeated_t;
+
+typedef struct {
+    uint64_t count, calls; /* how many, and the address of the first */
+} template_t;
 
 typedef uint64_t u;
 
-QC_ANY_FUNCTION static int called(const call_t *c) {
-    const uintptr_t f = (uintptr_t)c->function;
-    const u *a = c->a;
-    switch (c->count) {
+QC_ANY_FUNCTION static int call(uint64_t function, uint64_t count, const u *a) {
+    const uintptr_t f = (uintptr_t)function;
+    switch (count) {
     case 2: return ((int (*)(u, u))f)(a[0], a[1]);
     case 3: return ((int (*)(u, u, u))f)(a[0], a[1], a[2]);
     case 4: return ((int (*)(u, u, u, u))f)(a[0], a[1], a[2], a[3]);
@@ -59,11 +74,30 @@ static int64_t now_ns(void) {
 #endif
 }
 
+/* Makes the calls of a template; returns all that they returned, or UNDECODED. */
+static int repeat(call_t *c) {
+    const template_t *t = (const template_t *)(uintptr_t)c->a[0];
+    const repeated_t *calls = (const repeated_t *)(uintptr_t)t->calls;
+    int64_t begin = now_ns();
+    int status = 0;
+    for (uint64_t i = 0; i < t->count; i++) {
+        u a[ARGUMENTS];
+        for (uint64_t k = 0; k < calls[i].count; k++) a[k] = (calls[i].a[k].base ? c->a[calls[i].a[k].base] : 0) + calls[i].a[k].offset;
+        const int found = call(calls[i].function, calls[i].count, a);
+        const int64_t end = now_ns();
+        c->phase_ns[calls[i].phase] += end - begin;
+        begin = end;
+        if (found && !calls[i].phase) return UNDECODED;
+        status |= found;
+    }
+    return status;
+}
+
 /* Makes the calls up to the first that does not return 0; returns how many did. */
 QC_API int64_t qc_calls(call_t *calls, uint64_t count) {
     const int64_t begin = now_ns();
     for (uint64_t i = 0; i < count; i++) {
-        calls[i].status = called(calls + i);
+        calls[i].status = calls[i].function ? call(calls[i].function, calls[i].count, calls[i].a) : repeat(calls + i);
         calls[i].done_ns = now_ns() - begin;
         if (calls[i].status) return (int64_t)i;
     }

@@ -32,8 +32,11 @@ LEVELS = ("scalar", "avx2", "avx512", "neon")
 #: Element types as kernel.h numbers them.
 ELEMENT = {"F32": 0, "F16": 1, "BF16": 2}
 
-#: the arguments that a call has not
-_NOTHING = (0,) * 8
+#: Arguments that calls.c passes at most; those that a call has not; what is written when it is made.
+_ARGUMENTS = 8
+_NOTHING, _NOT_YET = (0,) * _ARGUMENTS, (0,) * 5
+#: What calls.c returns if a decoder failed: kernels return less.
+_UNDECODED = 1 << 16
 
 _HINT = "reinstall quantcache with a C compiler, or set QUANTCACHE_KERNEL=reference for plain NumPy (slow)"
 
@@ -185,15 +188,24 @@ def _runner() -> Any:
 
 
 class Template:
-    """Hold calls of which some arguments are addresses that count from one of a few bases: what they are is said when they are made."""
+    """Hold calls of which some arguments count from one of a few bases, most of them addresses: what those are is said when they are made.
+
+    They are one call for whoever makes them: all are made, and it returns what any of them does; of a decoder that fails, that alone.
+    """
+
+    #: as calls.c has a call: function, number of arguments, phase, base and offset of each
+    _WORDS = 3 + 2 * _ARGUMENTS
+    #: at most
+    BASES = _ARGUMENTS - 1
+    PHASES = ("decode", "quantize", "digest")
 
     def __init__(self) -> None:
-        self.words = array("Q")
-        #: of each call
-        self.phases: list[tuple[str, int]] = []
-        #: word, base, offset
-        self.moved: list[tuple[int, int, int]] = []
-        self.kept: list[Any] = []
+        self._words = array("Q")
+        self._head = array("Q", (0, 0))
+        self._kept: list[Any] = []
+        self.address = self._head.buffer_info()[0]
+        #: that each phase goes over
+        self.nbytes = dict.fromkeys(self.PHASES, 0)
 
     def add(self, function: Kernel, arguments: Sequence[int | tuple[int, int]], *, phase: str, nbytes: int) -> None:
         """Add a call.
@@ -201,14 +213,17 @@ class Template:
         Args:
             function: what to call.
             arguments: integers, or (number of a base, offset from it).
-            phase, nbytes: see quantcache.trace.span.
+            phase: of PHASES.
+            nbytes: see quantcache.trace.span.
         """
-        first = len(self.words) + 4
-        words = [argument if isinstance(argument, int) else 0 for argument in arguments]
-        self.words.extend((function.address, len(words), 0, 0, *words, *_NOTHING[len(words) :]))
-        self.moved += [(first + place, *word) for place, word in enumerate(arguments) if not isinstance(word, int)]
-        self.phases.append((phase, nbytes))
-        self.kept.append(arguments)
+        self._words.extend((function.address, len(arguments), self.PHASES.index(phase)))
+        for argument in arguments:
+            base, offset = (0, argument) if isinstance(argument, int) else (1 + argument[0], argument[1])
+            self._words.extend((base, offset % (1 << 64)))
+        self._words.extend([0] * (2 * (_ARGUMENTS - len(arguments))))
+        self._head[0], self._head[1] = len(self._words) // self._WORDS, self._words.buffer_info()[0]
+        self._kept.append(arguments)
+        self.nbytes[phase] += nbytes
 
 
 class Calls:
@@ -217,13 +232,13 @@ class Calls:
     Arrays are kept as long as this is; addresses that are given as integers are the caller's to keep.
     """
 
-    #: as calls.c has a call: function, number of arguments, status, time, arguments
-    _WORDS = 12
+    #: as calls.c has a call: function, number of arguments, status, time, times of phases, arguments
+    _WORDS = 7 + _ARGUMENTS
 
     def __init__(self) -> None:
         self._words = array("Q")
         self._kept: list[tuple[Any, ...]] = []
-        self._phases: list[tuple[str, int, str]] = []
+        self._phases: list[tuple[str, int, str] | tuple[Template, str]] = []
         #: of the tensor or file whose calls are added, for the trace
         self.name = ""
         #: what a call reads begins there in its file, for whoever has to say that it failed
@@ -242,23 +257,22 @@ class Calls:
             phase, nbytes: see quantcache.trace.span; the time of a call without a phase is nobody's.
         """
         words = _words(arguments)
-        self._words.extend((function.address, len(words), 0, 0, *words, *_NOTHING[len(words) :]))
+        self._words.extend((function.address, len(words), *_NOT_YET, *words, *_NOTHING[len(words) :]))
         self._kept.append(arguments)
         self._phases.append((phase, nbytes, self.name))
 
     def repeat(self, template: Template, bases: Sequence[int], *kept: NDArray[Any]) -> None:
-        """Add the calls of a template.
+        """Add the calls of a template, as one; nothing if it has none.
 
         Args:
             template: what.
-            bases: addresses that its arguments count from.
+            bases: what its arguments count from.
             kept: what is there, unless the caller keeps it until the calls are made.
         """
-        words, start, name = self._words, len(self._words), self.name
-        words.extend(template.words)
-        for word, base, offset in template.moved:
-            words[start + word] = bases[base] + offset
-        self._phases += [(phase, nbytes, name) for phase, nbytes in template.phases]
+        if not any(template.nbytes.values()):
+            return
+        self._words.extend((0, 0, *_NOT_YET, template.address, *bases, *_NOTHING[len(bases) + 1 :]))
+        self._phases.append((template, self.name))
         self._kept.append((template, *kept))
 
     def run(self, first: int = 0) -> int:
@@ -275,14 +289,28 @@ class Calls:
             return first
         start_ns = time.perf_counter_ns()
         stopped: int = first + _runner()(words.buffer_info()[0] + 8 * self._WORDS * first, count - first)
-        done = words[first * self._WORDS + 3 : min(stopped + 1, count) * self._WORDS : self._WORDS]
-        spent(start_ns, self._phases[first:] if first else self._phases, done)
+        spans, ends, begin = list[tuple[str, int, str]](), list[int](), 0
+        for call in range(first, min(stopped + 1, count)):
+            what, word = self._phases[call], call * self._WORDS + 3
+            if isinstance(what[0], Template):  # the calls of a phase count as if they had followed each other
+                for number, (phase, nbytes) in enumerate(what[0].nbytes.items()):
+                    if nbytes:
+                        begin += words[word + 1 + number]
+                        spans.append((phase, nbytes, what[1]))
+                        ends.append(begin)
+            else:
+                spans.append(what)
+                ends.append(words[word])
+            begin = words[word]
+        spent(start_ns, spans, ends)
         return stopped
 
     def result(self, call: int) -> tuple[str, int]:
-        """Return the phase of a call that was made, and what it returned."""
-        status: int = self._words[call * self._WORDS + 2]
-        return self._phases[call][0], status
+        """Return the phase of a call that was made, and what it returned; of a template, "decode" if a decoder failed."""
+        status, what = self._words[call * self._WORDS + 2], self._phases[call][0]
+        if isinstance(what, Template):
+            return ("decode" if status >= _UNDECODED else "quantize"), status
+        return what, status
 
 
 def copy(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], phase: str) -> None:

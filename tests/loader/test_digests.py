@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 
 from quantcache.errors import SourceError
 from quantcache.loader import digests
-from quantcache.loader.digests import Claim, DigestBehind
+from quantcache.loader.digests import Claim, DigestBehind, Sums
 from quantcache.loader.mapping import MappedFile
+from quantcache.quant.digest import BLOCK, SUM_NBYTES, add_sums
+from quantcache.quant.native import Calls
 
 CHUNK = 1 << 20
 
@@ -22,7 +25,7 @@ CHUNK = 1 << 20
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MappedFile:
     """A file of five chunks, the last one short; chunks are small here."""
     monkeypatch.setattr(digests, "CHUNK", CHUNK)
-    monkeypatch.setattr(digests, "_PIECE", 1000)
+    monkeypatch.setattr(digests, "_PIECE", 3000)
     path = tmp_path / "f"
     path.write_bytes(np.random.default_rng().bytes(4 * CHUNK + 12345))
     return MappedFile(path)
@@ -46,9 +49,26 @@ def tiles(file: MappedFile, shuffler: random.Random) -> list[tuple[int, int]]:
     return found
 
 
-def feed(behind: DigestBehind, start: int, stop: int) -> None:
-    """Claim a range and digest it."""
-    behind.claim(start, stop).keep()
+def feed(behind: DigestBehind, *ranges: tuple[int, int]) -> None:
+    """Claim ranges and add them up, in pieces of odd lengths."""
+    claims = [behind.claim(*one) for one in ranges]
+    for claim in claims:
+        read(claim, random.Random())
+    behind.give_back(claims)
+
+
+def read(claim: Claim, rng: random.Random) -> None:
+    """Add a claim's blocks up as a reader does: some by a call of its own, some by the claim's."""
+    calls, position = Calls(), claim.start
+    while position < claim.stop:
+        position = min(claim.stop, position + rng.choice([1, 500, 1024, 5000, 100_000, 2 * CHUNK]))
+        spot = claim.spot(position, rng.randrange(3)) if rng.random() < 0.5 else None
+        if spot is not None:
+            add_sums(calls, spot.address, spot.blocks, spot.sums)
+            claim.added.append(spot.added)
+        else:
+            claim.added += claim.add_to(calls, position)
+    assert calls.run() == len(calls)
 
 
 def finish(behind: DigestBehind) -> str:
@@ -58,6 +78,21 @@ def finish(behind: DigestBehind) -> str:
     return behind.result()
 
 
+@pytest.fixture
+def read_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list of the bytes that are read by whoever finishes a chunk, but for the last block of each."""
+    found: list[int] = []
+    real = digests.add_sums
+    monkeypatch.setattr(digests.DigestBehind, "finish_one", lambda self, real=DigestBehind.finish_one: counting(lambda: real(self)))
+
+    def counting(finish: Callable[[], None]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(digests, "add_sums", lambda *given: (found.append(given[2] * BLOCK), real(*given))[1])
+            finish()
+
+    return found
+
+
 @pytest.mark.parametrize("order", ["in order", "reversed", "shuffled", "nothing"])
 def test_any_order(file: MappedFile, order: str) -> None:
     """Whatever was read before what, the digest is that of the file."""
@@ -65,42 +100,78 @@ def test_any_order(file: MappedFile, order: str) -> None:
     ranges = tiles(file, shuffler)
     behind = DigestBehind(file, ranges)
     given = {"in order": ranges, "reversed": ranges[::-1], "shuffled": shuffler.sample(ranges, len(ranges)), "nothing": []}[order]
-    for start, stop in given:
-        feed(behind, start, stop)
+    for one in given:
+        feed(behind, one)
     assert finish(behind) == expected(file)
 
 
-def test_in_order_reads_nothing_twice(file: MappedFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that come in order are digested once, where they are; what is nobody's is, too."""
-    read: list[int] = []
-    real = digests.Stream.add_in_turn
-    monkeypatch.setattr(digests.Stream, "add_in_turn", lambda *given: (read.append(given[3]), real(*given))[1])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_nothing_is_read_twice(file: MappedFile, read_again: list[int], backwards: bool) -> None:
+    """Of tiles in whatever order only the blocks at their edges are read again, and what is nobody's."""
     ranges = [(100 + n * 50_000, 100 + (n + 1) * 50_000) for n in range((file.nbytes - 100) // 50_000)]
     behind = DigestBehind(file, ranges)
-    for start, stop in ranges:
-        feed(behind, start, stop)
-    assert sum(read) == ranges[-1][1]
+    for one in ranges[::-1] if backwards else ranges:
+        feed(behind, one)
     assert finish(behind) == expected(file)
-    assert sum(read) == file.nbytes
+    assert sum(read_again) <= BLOCK * (len(ranges) + 2) + file.nbytes - ranges[-1][1]
+
+
+def test_chunks_that_are_read_are_ripe(file: MappedFile) -> None:
+    """A chunk can be finished once its readers are through, whatever is left of others; its room is there for the next one."""
+    room = Sums(CHUNK // BLOCK * SUM_NBYTES)
+    behind = DigestBehind(file, [(5000, CHUNK + 5000), (CHUNK + 5000, 2 * CHUNK)], room)
+    assert not behind.ripe
+    first, second = behind.claim(5000, CHUNK - 100), behind.claim(CHUNK - 100, CHUNK + 5000)
+    for claim in (first, second):
+        read(claim, random.Random())
+    behind.give_back([second])
+    assert not behind.ripe
+    assert not room.free
+    behind.give_back([first])
+    assert behind.ripe
+    behind.finish_one()
+    assert not behind.ripe
+    assert room.free
+    feed(behind, (CHUNK + 5000, 2 * CHUNK))
+    assert behind.ripe
+    assert finish(behind) == expected(file)
+
+
+def test_no_more_room_than_there_is(file: MappedFile, read_again: list[int]) -> None:
+    """What finds no room is not added up, and read at the end; the digest is the same, and memory is bounded."""
+    room = Sums(2 * CHUNK // BLOCK * SUM_NBYTES)
+    behind = DigestBehind(file, [(0, file.nbytes)], room)
+    for chunk in range(4):
+        feed(behind, (chunk * CHUNK, chunk * CHUNK + CHUNK // 2))
+    assert [chunk.sums is not None for chunk in behind._chunks] == [True, True, False, False, False]
+    for chunk in range(4):
+        feed(behind, (chunk * CHUNK + CHUNK // 2, chunk * CHUNK + CHUNK))
+    assert behind.ripe
+    assert finish(behind) == expected(file)
+    assert 2 * CHUNK <= sum(read_again) < 2.1 * CHUNK
+    assert room.free
+    assert len(room._spare) == 2
+    room.clear()
+    assert not room._spare
+    assert room.free
 
 
 def test_many_readers(file: MappedFile) -> None:
-    """Readers side by side, each waiting for the one before it, come to the same digest."""
+    """Readers side by side, with others that finish chunks meanwhile, come to the same digest."""
     for _ in range(20):
         ranges = tiles(file, random.Random())
-        behind = DigestBehind(file, ranges)
+        behind = DigestBehind(file, ranges, Sums(random.randrange(1, 6) * CHUNK // BLOCK * SUM_NBYTES))
         waiting, lock = iter(ranges), threading.Lock()
 
         def work(behind: DigestBehind = behind, waiting: object = waiting, lock: threading.Lock = lock) -> None:
             while True:
                 with lock:
-                    found = [claim for _, claim in zip(range(random.randrange(1, 4)), waiting, strict=False)]  # type: ignore[call-overload]
-                    claims = [behind.claim(*one) for one in found]
-                if not claims:
+                    found = [one for _, one in zip(range(random.randrange(1, 4)), waiting, strict=False)]  # type: ignore[call-overload]
+                if not found:
                     return
-                whole = Claim.of_all(claims)
-                assert whole is not None
-                whole.keep()
+                feed(behind, *found)
+                if behind.ripe:
+                    behind.finish_one()
 
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
@@ -110,52 +181,34 @@ def test_many_readers(file: MappedFile) -> None:
         assert finish(behind) == expected(file)
 
 
-def test_claims_wait_for_their_turn(file: MappedFile) -> None:
-    """A range is digested only once the one before it is, which may take its time."""
-    behind = DigestBehind(file, [(0, file.nbytes)])
-    first, second = behind.claim(0, 1000), behind.claim(1000, CHUNK)
-    thread = threading.Thread(target=second.keep)
-    thread.start()
-    thread.join(0.1)
-    assert thread.is_alive()
-    assert behind._chunks[0].state.at == 0
-    first.keep()
-    thread.join(60)
-    assert finish(behind) == expected(file)
-
-
-def test_several_claims_as_one(file: MappedFile) -> None:
-    """What stands side by side is one range, chunk by chunk, and covers what each did."""
-    behind = DigestBehind(file, [(0, file.nbytes)])
-    claim = Claim.of_all([behind.claim(0, 1000), behind.claim(1000, CHUNK + 5), behind.claim(CHUNK + 5, CHUNK + 9)])
-    assert claim is not None
-    assert [part[1:] for part in claim._parts] == [(0, CHUNK), (CHUNK, CHUNK + 9)]
-    assert claim.covers(500, 2000)
-    assert not claim.covers(CHUNK + 5, CHUNK + 10)
-    assert Claim.of_all([]) is None
-
-
 def test_ranges_that_are_read_again(file: MappedFile) -> None:
-    """A tensor that does not fit its plan is read once more, in other tiles: nothing is digested twice."""
+    """A tensor that does not fit its plan is read once more, in other tiles, whether its chunk is finished or not."""
     behind = DigestBehind(file, [(0, file.nbytes)])
-    for start, stop in [(0, 300_000), (300_000, 400_000), (0, 250_000), (250_000, 600_000), (100, 200), (600_000, file.nbytes)]:
-        feed(behind, start, stop)
+    for one in [(0, 300_000), (300_000, 400_000), (0, 250_000), (250_000, 600_000), (100, 200), (600_000, file.nbytes)]:
+        feed(behind, one)
+    assert behind.ripe
+    behind.finish_one()
+    feed(behind, (0, 300_000))
     assert finish(behind) == expected(file)
 
 
-def test_a_claim_that_is_never_kept(file: MappedFile) -> None:
-    """Once it is stopped nobody waits for a range that will not come; the digest cannot be had then."""
+def test_what_was_not_added_up(file: MappedFile) -> None:
+    """A reader that a kernel refuses adds nothing up: its blocks are read at the end. While one is busy nothing is finished."""
     behind = DigestBehind(file, [(0, file.nbytes)])
-    behind.claim(0, 1000)
-    thread = threading.Thread(target=behind.claim(1000, CHUNK).keep)
-    thread.start()
-    behind.stop()
-    thread.join(60)
-    assert not thread.is_alive()
+    refused, other = behind.claim(0, CHUNK), behind.claim(CHUNK, file.nbytes)
+    read(other, random.Random())
+    read(refused, random.Random())
+    sums = behind._chunks[0].sums
+    assert sums is not None
+    sums[:] = 0
+    refused.added.clear()
+    behind.give_back([other])
     while behind.idle:
         behind.finish_one()
     with pytest.raises(ValueError, match="not complete"):
         behind.result()
+    behind.give_back([refused])
+    assert finish(behind) == expected(file)
 
 
 def test_a_file_that_became_shorter(file: MappedFile) -> None:
@@ -168,3 +221,16 @@ def test_a_file_that_became_shorter(file: MappedFile) -> None:
             finish(behind)
         assert caught.value.offset is not None
         assert CHUNK <= caught.value.offset < 2 * CHUNK
+
+
+@pytest.mark.parametrize("nbytes", [1, 240, 241, 1023, 1024, 1025, 2049, CHUNK, CHUNK + 1, CHUNK + 241, CHUNK + 1025])
+def test_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    """A file of any length, read whole or not at all, has its digest; short ends read the stripe before them."""
+    monkeypatch.setattr(digests, "CHUNK", CHUNK)
+    (tmp_path / "f").write_bytes(np.random.default_rng().bytes(nbytes))
+    file = MappedFile(tmp_path / "f")
+    for ranges in ([], [(0, nbytes)]):
+        behind = DigestBehind(file, ranges)
+        for one in ranges:
+            feed(behind, one)
+        assert finish(behind) == expected(file)

@@ -21,16 +21,19 @@ from safetensors.numpy import save_file
 
 import quantcache as qc
 from quantcache.cache.key import digest
+from quantcache.loader import digests as digesting
 from quantcache.loader import pattern as patterns
 from quantcache.loader import plan as planning
 from quantcache.loader import tiles as tiling
+from quantcache.loader.digests import DigestBehind, source_digest
 from quantcache.loader.plan import Job, Request, plan
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source, open_checkpoint
 from quantcache.loader.tiles import Tile, encode, whole_pieces
 from quantcache.quant import blocks, native
-from quantcache.quant.codec import Arena, Encoder, Scratch, codec
+from quantcache.quant.codec import Arena, Encoder, Scratch, Status, codec, quantize
 from quantcache.quant.codecs.nf4 import Nf4Encoder
+from quantcache.quant.digest import BLOCK
 from quantcache.tensor import BLOCKS
 
 CODECS = ["nf4", "nf4-dq", "int8", "int8-row", "f16"]
@@ -49,11 +52,18 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "TILE", 4096)
 
 
-def made(source: Source, jobs: list[Job], *, backwards: bool = False) -> dict[str, bytes]:
-    """Return what is stored of jobs, quantized all together; every digest is right."""
+def made(source: Source, jobs: list[Job], *, backwards: bool = False, behind: DigestBehind | None = None) -> dict[str, bytes]:
+    """Return what is stored of jobs, quantized all together; every digest is right. The source's is taken, too, if that is wanted."""
     found: dict[str, bytes] = {}
     tiles = [Tile(job, start, min(start + job.tile, job.size)) for job in jobs for start in job.tiles]
-    encode(source, tiles[::-1] if backwards else tiles, Scratch(), Arena(1 << 20), digested=True)
+    ordered = tiles[::-1] if backwards else tiles
+    if behind is not None:
+        extents = [source.extent(tile.job.info, tile.start, tile.stop) for tile in ordered]
+        for tile, claim in zip(ordered, behind.claims(extents), strict=True):
+            tile.claim = claim
+    encode(source, ordered, Scratch(), Arena(1 << 20), digested=True)
+    if behind is not None:
+        behind.give_back(tile.claim for tile in tiles if tile.claim is not None)
     pieces = [piece for tile in tiles for piece in tile.pieces]
     assert all(piece.digest == digest(bytes(piece.buffer)) for piece in pieces)
     wholes = [piece for job in jobs for piece in whole_pieces(job)]
@@ -76,6 +86,96 @@ def alone(source: Source, job: Job, weights: NDArray[Any]) -> dict[str, bytes]:
 def holds(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
     """Require that a tensor is stored as it should be."""
     assert [key for key, raw in wanted.items() if found[key] != raw] == []
+
+
+def digest_of(source: Source, jobs: list[Job]) -> None:
+    """Require that tiles make the same and the source's digest while they are read, in either order; only edges are read again for it."""
+    plain = made(source, jobs)
+    extents = [(job.info.offset, job.info.offset + job.info.nbytes) for job in jobs]
+    for backwards in (False, True):
+        behind = DigestBehind(source.file, extents)
+        assert made(source, jobs, backwards=backwards, behind=behind) == plain
+        missing = sum(last - first for chunk in behind._chunks for first, last in chunk.missing())
+        nobodys = source.file.nbytes - sum(stop - start for start, stop in extents)
+        assert missing <= 2 * (sum(len(job.tiles) for job in jobs) + len(behind._chunks)) + nobodys // BLOCK
+        while behind.idle:
+            behind.finish_one()
+        assert behind.result() == source_digest(source, 1)
+
+
+@pytest.mark.parametrize("chunk", [1 << 16, 1 << 26])
+@pytest.mark.parametrize("run", [64, 1000, 1 << 16])
+@pytest.mark.parametrize("level", KERNELS)
+@pytest.mark.parametrize("quant", [*CODECS, "f16 of F32", "keep"])
+def test_digested_while_read(
+    tmp_path: Path, rng: np.random.Generator, kernel_level: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, quant: str, level: str, run: int, chunk: int
+) -> None:
+    """Kernels that take a tile in runs, with the source's digest in between, make what they make of it at once; wherever tensors and chunks begin."""
+    kernel_level(level)
+    monkeypatch.setattr(patterns, "_RUN", run)
+    monkeypatch.setattr(digesting, "CHUNK", chunk)
+    dtype = np.float32 if quant.endswith("F32") else np.float16
+    content: dict[str, Any] = {f"a.{n}.weight": rng.standard_normal((65, 128 + 64 * n)).astype(dtype) for n in range(3)}
+    content |= {f"b.{n}": rng.standard_normal(int(rng.integers(1, 3000))).astype(dtype) for n in range(3)}
+    save_file(content | {"z.weight": rng.standard_normal((700, 128)).astype(dtype)}, tmp_path / "m.safetensors")
+    source = open_checkpoint(tmp_path / "m.safetensors")[0]
+    recipe = Recipe([("none", "nf4")], other="keep") if quant == "keep" else Recipe.of(quant.split()[0])
+    jobs = plan(source, Request(recipe))
+    cuts: list[int] = []
+    real = patterns._cut
+    monkeypatch.setattr(patterns, "_cut", lambda *given: (found := real(*given), cuts.append(len(found[0]) if found else 0))[0])
+    digest_of(source, jobs)
+    assert max(cuts) > 1 or run > 4096 or quant in ("keep", "f16")
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K"])
+def test_blocks_digested_while_read(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The same of blocks: a run is decoded and quantized where the one before it was."""
+    monkeypatch.setattr(patterns, "_RUN", 1000)
+    weights, nbytes = BLOCKS[name]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for n in range(2):
+        data = rng.integers(0, 256, (33, 512 // weights, nbytes), dtype=np.uint8) & 0x3B
+        writer.add_tensor(f"blk.{n}.ffn_up.weight", data.reshape(33, -1), raw_dtype=gguf.GGMLQuantizationType[name])
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    source = open_checkpoint(tmp_path / "m.gguf")[0]
+    jobs = [job for job in plan(source, Request(Recipe.of("nf4", native="convert"))) if job.decision.codec == "nf4"]
+    digest_of(source, jobs)
+    wide = next(pattern for key, pattern in jobs[0].kind.patterns.items() if not key[3])
+    narrow = next(pattern for key, pattern in jobs[0].kind.patterns.items() if key[3] and key[0] == wide_count(jobs[0]))
+    assert narrow.work_nbytes < wide.work_nbytes
+
+
+def wide_count(job: Job) -> int:
+    """Return the weights of a whole tile."""
+    return min(job.tile, job.size)
+
+
+@pytest.mark.parametrize("places", [{5000: np.nan}, {5000: 1e6}, {100: np.nan, 5000: 1e6}, {100: 1e6, 5000: np.nan}])
+def test_what_runs_refuse(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, places: dict[int, float]) -> None:
+    """A tile is refused for all that its runs refuse it for, as if it had been taken at once; its blocks count as not digested, or rightly so."""
+    monkeypatch.setattr(planning, "TILE", 8192)
+    monkeypatch.setattr(patterns, "_RUN", 1024)
+    content = rng.standard_normal((128, 64), np.float32)
+    for place, value in places.items():
+        content.reshape(-1)[place] = value
+    status, _ = quantize("f16", content)
+    assert status != Status.OK
+    save_file({"a.weight": content}, tmp_path / "m.safetensors")
+    source = open_checkpoint(tmp_path / "m.safetensors")[0]
+    for summed in (False, True):
+        jobs = plan(source, Request(Recipe.of("f16")))
+        behind = DigestBehind(source.file, [])
+        tile = Tile(jobs[0], 0, 8192)
+        tile.claim = behind.claim(*source.extent(jobs[0].info, 0, 8192)) if summed else None
+        encode(source, [tile], Scratch(), Arena(1 << 20))
+        assert tile.status == status
+        assert tile.pieces == []
+        behind.give_back([tile.claim] if tile.claim is not None else [])
+        while behind.idle:
+            behind.finish_one()
+        assert behind.result() == source_digest(source, 1)
 
 
 @pytest.mark.parametrize("level", KERNELS)

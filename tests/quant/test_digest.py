@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import xxhash
 
 from quantcache.quant import native
-from quantcache.quant.digest import Expected, Stream, digests
+from quantcache.quant.digest import BLOCK, NBYTES, SUM_NBYTES, Expected, add_digest_of_sums, add_sums, digests
 
 COMPILED = [level for level in native.available() if level != "reference"] or ["scalar"]
 #: all that are short, and have rules of their own; around stripes of 64 bytes, blocks of 1,024
@@ -72,16 +73,34 @@ def test_stored(kernel_level: Callable[[str], None], level: str) -> None:
 
 
 @pytest.mark.parametrize("level", COMPILED)
-def test_stream(kernel_level: Callable[[str], None], level: str) -> None:
-    """Bytes that come in pieces of any length have the digest of the whole."""
+def test_sums(kernel_level: Callable[[str], None], level: str) -> None:
+    """Bytes whose blocks were added up in any order, several or one at a time, have the digest of the whole, wherever they lie."""
     kernel_level(level)
     rng = random.Random()
-    for length in [*LENGTHS, 0, 1, 240, *(rng.randrange(200_000) for _ in range(20))]:
-        data, stream, calls, place = np.frombuffer(os.urandom(length), np.uint8), Stream(77), native.Calls(), 0
-        while place < length:
-            nbytes = min(length - place, rng.choice([1, 63, 64, 960, 1023, 1024, 1025, rng.randrange(1, 50_000)]))
-            stream.add_in_turn(calls, native.address(data) + place, nbytes, 77 + place)
-            place += nbytes
+    for length in [*LENGTHS, 0, 2047, 3000, *(rng.randrange(200_000) for _ in range(20))]:
+        shift = rng.randrange(8)
+        data = np.frombuffer(os.urandom(length + shift), np.uint8)[shift:]
+        blocks = max(0, length - 1) // BLOCK
+        sums, found = np.full(blocks * SUM_NBYTES, 0xA5, np.uint8), np.empty(NBYTES, np.uint8)
+        edges = sorted({0, blocks, *(rng.randrange(blocks + 1) for _ in range(rng.randrange(6)))})
+        runs = list(itertools.pairwise(edges))
+        calls = native.Calls()
+        for first, last in rng.sample(runs, len(runs)):
+            add_sums(calls, native.address(data) + first * BLOCK, last - first, native.address(sums) + first * SUM_NBYTES)
+        add_digest_of_sums(calls, native.address(data), length, native.address(sums), native.address(found))
         assert calls.run() == len(calls)
-        assert stream.at == 77 + length
-        assert stream.digest() == xxhash.xxh3_128_digest(data.data)
+        assert found.tobytes() == xxhash.xxh3_128_digest(data.tobytes())
+
+
+@pytest.mark.parametrize("level", COMPILED)
+def test_sums_write_no_further(level: str) -> None:
+    """What stands behind the sums of the blocks stays as it was, and blocks are read to their end and no further."""
+    data, sums = np.frombuffer(os.urandom(3 * BLOCK), np.uint8), np.full(4 * SUM_NBYTES, 0xA5, np.uint8)
+    assert native.kernel("digest_sums", level)(data, 3, sums) == 0
+    assert (sums[3 * SUM_NBYTES :] == 0xA5).all()
+    other = data.copy()
+    other[-1] ^= 1
+    again = np.zeros(4 * SUM_NBYTES, np.uint8)
+    assert native.kernel("digest_sums", level)(other, 3, again) == 0
+    assert (sums[: 2 * SUM_NBYTES] == again[: 2 * SUM_NBYTES]).all()
+    assert (sums[2 * SUM_NBYTES : 3 * SUM_NBYTES] != again[2 * SUM_NBYTES : 3 * SUM_NBYTES]).any()

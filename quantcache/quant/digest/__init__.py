@@ -1,4 +1,4 @@
-"""XXH3-128 without Python between pieces: of a run of pieces in one call, of what threads bring in turn, and compared with what was stored.
+"""XXH3-128 without Python between pieces: of a run of pieces in one call, of what threads bring in any order, and compared with what was stored.
 
 The xxhash package takes one piece at a time, and threads that check a few hundred kilobytes a call spend their time waiting
 for each other's GIL: docs/decisions/0010-hits.md. What is computed is xxhash's; the tests compare the two.
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from quantcache.quant import native
 from quantcache.quant.native import Calls, Pinned
 
-__all__ = ["NBYTES", "Expected", "Stream", "add_digest", "digests", "each"]
+__all__ = ["BLOCK", "NBYTES", "SUM_NBYTES", "Expected", "add_digest", "add_digest_of_sums", "add_sums", "digests", "each"]
 
 #: of one digest
 NBYTES = 16
+#: Bytes of a block, which can be added up before what stands in front of it is, and of its sums.
+BLOCK, SUM_NBYTES = 1024, 64
 
 
 def digests(data: Any, piece: int) -> list[bytes]:
@@ -67,47 +69,29 @@ def add_digest(calls: Calls, address: int, nbytes: int, out: int, *, piece: int 
     return True
 
 
-class Stream:
-    """Take the digest of a range of bytes that several threads bring in pieces.
+def add_sums(calls: Calls, address: int, blocks: int, out: int) -> None:
+    """Have blocks of a long run of bytes added up.
 
     Args:
-        start: place of the first byte.
+        calls: what it is added to.
+        address: of the first block.
+        blocks: how many.
+        out: address of SUM_NBYTES a block; written.
     """
+    calls.add(native.kernel("digest_sums"), address, blocks, out, phase="digest", nbytes=blocks * BLOCK)
 
-    #: as kernel.c has it: place, stopped, count, eight sums, a stripe and a block of bytes
-    WORDS = 3 + 8 + (64 + 1024) // 8
 
-    def __init__(self, start: int) -> None:
-        self._words = np.zeros(self.WORDS, np.uint64)
-        self._words[0] = start
-        self._address = native.address(self._words)
+def add_digest_of_sums(calls: Calls, address: int, nbytes: int, sums: int, out: int) -> None:
+    """Have the digest taken of bytes whose blocks were added up, but for the last one, whole or not.
 
-    @property
-    def at(self) -> int:
-        """Place of the byte that comes next."""
-        return int(self._words[0])
-
-    def add_in_turn(self, calls: Calls, address: int, nbytes: int, place: int) -> None:
-        """Have bytes added, by calls that wait until everything before them is.
-
-        Args:
-            calls: what it is added to.
-            address: of the bytes.
-            nbytes: how many.
-            place: of the first.
-        """
-        calls.add(native.kernel("digest_turn"), self._address, place, phase="", nbytes=0)
-        calls.add(native.kernel("digest_in_turn"), self._address, address, nbytes, place, phase="digest", nbytes=nbytes)
-
-    def stop(self) -> None:
-        """Let nobody wait any more: what comes next will never come."""
-        self._words[1] = 1
-
-    def digest(self) -> bytes:
-        """Return the digest of all that was added: 16 bytes."""
-        out = np.empty(NBYTES, np.uint8)
-        native.kernel("digest_of_stream")(self._words, out)
-        return out.tobytes()
+    Args:
+        calls: what it is added to.
+        address: of the bytes, of which the last block is read.
+        nbytes: how many.
+        sums: address of SUM_NBYTES for each of (nbytes - 1) // BLOCK blocks.
+        out: address of 16 bytes; written.
+    """
+    calls.add(native.kernel("digest_of_sums"), address, nbytes, sums, out, phase="digest", nbytes=(nbytes - 1) % BLOCK + 1)
 
 
 class Expected:

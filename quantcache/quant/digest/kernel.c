@@ -1,15 +1,8 @@
 /* XXH3-128, seed 0, the default secret: what xxhash computes, for whole runs of pieces in one call, of what several threads
- * bring in pieces, in turn, and compared with what it should be.
+ * bring in any order, and compared with what it should be.
  *
  * Source: the specification of XXH3 in xxHash's doc/xxhash_spec.md; checked against the xxhash package. */
-#if !defined(_GNU_SOURCE)
-#define _GNU_SOURCE
-#endif
 #include "../kernel.h"
-#if !defined(_WIN32)
-#include <sched.h>
-#include <time.h>
-#endif
 
 #define LANES 8
 #define SHORT 240 /* up to here there are other rules */
@@ -36,42 +29,64 @@ QC_INLINE uint64_t read64(const uint8_t *p) {
     return v;
 }
 
-/* ---- W lanes of 64 bits: sum + swapped neighbours + low half * high half of data ^ secret ---- */
+/* ---- W lanes of 64 bits. mix: sum + swapped neighbours + low half * high half of data ^ secret; scrambled: what follows a block,
+ * (sum ^ sum >> 47 ^ secret) * a factor of 32 bits, by halves, since multiplying lanes of 64 bits takes three times as long ---- */
 #if defined(QC_AVX512)
 #define W 8
 typedef __m512i qd;
 QC_INLINE qd qd_load(const void *p) { return _mm512_loadu_si512(p); }
 QC_INLINE void qd_store(void *p, qd a) { _mm512_storeu_si512(p, a); }
+QC_INLINE qd qd_add(qd a, qd b) { return _mm512_add_epi64(a, b); }
 QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
     const qd k = _mm512_xor_si512(data, secret), product = _mm512_mul_epu32(k, _mm512_srli_epi64(k, 32));
     return _mm512_add_epi64(sum, _mm512_add_epi64(product, _mm512_shuffle_epi32(data, _MM_PERM_BADC)));
+}
+QC_INLINE qd qd_scrambled(qd sum, qd secret) {
+    const qd k = _mm512_ternarylogic_epi64(sum, _mm512_srli_epi64(sum, 47), secret, 0x96), factor = _mm512_set1_epi64((int64_t)P32_1);
+    return _mm512_add_epi64(_mm512_mul_epu32(k, factor), _mm512_slli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(k, 32), factor), 32));
 }
 #elif defined(QC_AVX2)
 #define W 4
 typedef __m256i qd;
 QC_INLINE qd qd_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 QC_INLINE void qd_store(void *p, qd a) { _mm256_storeu_si256((__m256i *)p, a); }
+QC_INLINE qd qd_add(qd a, qd b) { return _mm256_add_epi64(a, b); }
 QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
     const qd k = _mm256_xor_si256(data, secret), product = _mm256_mul_epu32(k, _mm256_srli_epi64(k, 32));
     return _mm256_add_epi64(sum, _mm256_add_epi64(product, _mm256_shuffle_epi32(data, 0x4e)));
+}
+QC_INLINE qd qd_scrambled(qd sum, qd secret) {
+    const qd k = _mm256_xor_si256(_mm256_xor_si256(sum, _mm256_srli_epi64(sum, 47)), secret), factor = _mm256_set1_epi64x((int64_t)P32_1);
+    return _mm256_add_epi64(_mm256_mul_epu32(k, factor), _mm256_slli_epi64(_mm256_mul_epu32(_mm256_srli_epi64(k, 32), factor), 32));
 }
 #elif defined(QC_NEON)
 #define W 2
 typedef uint64x2_t qd;
 QC_INLINE qd qd_load(const void *p) { return vreinterpretq_u64_u8(vld1q_u8((const uint8_t *)p)); }
 QC_INLINE void qd_store(void *p, qd a) { vst1q_u8((uint8_t *)p, vreinterpretq_u8_u64(a)); }
+QC_INLINE qd qd_add(qd a, qd b) { return vaddq_u64(a, b); }
 QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
     const qd k = veorq_u64(data, secret);
     return vmlal_u32(vaddq_u64(sum, vextq_u64(data, data, 1)), vmovn_u64(k), vshrn_n_u64(k, 32));
+}
+QC_INLINE qd qd_scrambled(qd sum, qd secret) {
+    const qd k = veorq_u64(veorq_u64(sum, vshrq_n_u64(sum, 47)), secret);
+    const uint32x2_t factor = vdup_n_u32((uint32_t)P32_1);
+    return vmlal_u32(vshlq_n_u64(vmull_u32(vshrn_n_u64(k, 32), factor), 32), vmovn_u64(k), factor);
 }
 #elif defined(__SSE2__)
 #define W 2
 typedef __m128i qd;
 QC_INLINE qd qd_load(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 QC_INLINE void qd_store(void *p, qd a) { _mm_storeu_si128((__m128i *)p, a); }
+QC_INLINE qd qd_add(qd a, qd b) { return _mm_add_epi64(a, b); }
 QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
     const qd k = _mm_xor_si128(data, secret), product = _mm_mul_epu32(k, _mm_srli_epi64(k, 32));
     return _mm_add_epi64(sum, _mm_add_epi64(product, _mm_shuffle_epi32(data, 0x4e)));
+}
+QC_INLINE qd qd_scrambled(qd sum, qd secret) {
+    const qd k = _mm_xor_si128(_mm_xor_si128(sum, _mm_srli_epi64(sum, 47)), secret), factor = _mm_set1_epi64x((int64_t)P32_1);
+    return _mm_add_epi64(_mm_mul_epu32(k, factor), _mm_slli_epi64(_mm_mul_epu32(_mm_srli_epi64(k, 32), factor), 32));
 }
 #else
 #define W 2
@@ -84,11 +99,19 @@ QC_INLINE qd qd_load(const void *p) {
     return a;
 }
 QC_INLINE void qd_store(void *p, qd a) { memcpy(p, &a, sizeof a); }
+QC_INLINE qd qd_add(qd a, qd b) {
+    for (int i = 0; i < W; i++) a.lane[i] += b.lane[i];
+    return a;
+}
 QC_INLINE qd qd_mix(qd sum, qd data, qd secret) {
     for (int i = 0; i < W; i++) {
         const uint64_t k = data.lane[i] ^ secret.lane[i];
         sum.lane[i] += data.lane[i ^ 1] + (k & 0xffffffffu) * (k >> 32);
     }
+    return sum;
+}
+QC_INLINE qd qd_scrambled(qd sum, qd secret) {
+    for (int i = 0; i < W; i++) sum.lane[i] = (sum.lane[i] ^ sum.lane[i] >> 47 ^ secret.lane[i]) * P32_1;
     return sum;
 }
 #endif
@@ -97,19 +120,23 @@ QC_INLINE void accumulate(qd *acc, const uint8_t *data, const uint8_t *secret) {
     for (int i = 0; i < LANES / W; i++) acc[i] = qd_mix(acc[i], qd_load(data + 8 * W * i), qd_load(secret + 8 * W * i));
 }
 
+QC_INLINE void scramble(qd *acc) {
+    for (int i = 0; i < LANES / W; i++) acc[i] = qd_scrambled(acc[i], qd_load(SECRET_WORDS + (SECRET - STRIPE) / 8 + W * i));
+}
+
 /* whole blocks; the sums stay in registers */
 static void blocks_of(uint64_t *sums, const uint8_t *data, uint64_t blocks) {
     const uint8_t *secret = (const uint8_t *)SECRET_WORDS;
     qd acc[LANES / W];
+    for (int i = 0; i < LANES / W; i++) acc[i] = qd_load(sums + W * i);
     for (uint64_t b = 0; b < blocks; b++, data += BLOCK) {
-        for (int i = 0; i < LANES / W; i++) acc[i] = qd_load(sums + W * i);
         for (int s = 0; s < STRIPES; s++) {
             QC_PREFETCH_READ(data + s * STRIPE + AHEAD);
             accumulate(acc, data + s * STRIPE, secret + 8 * s);
         }
-        for (int i = 0; i < LANES / W; i++) qd_store(sums + W * i, acc[i]);
-        for (int i = 0; i < LANES; i++) sums[i] = (sums[i] ^ sums[i] >> 47 ^ SECRET_WORDS[(SECRET - STRIPE) / 8 + i]) * P32_1;
+        scramble(acc);
     }
+    for (int i = 0; i < LANES / W; i++) qd_store(sums + W * i, acc[i]);
 }
 
 typedef struct {
@@ -248,11 +275,51 @@ QC_EXPORT(qc_digest_pieces)(const uint8_t *data, uint64_t n, uint64_t piece, uin
     return QC_OK;
 }
 
-/* A digest whose bytes come in pieces. The last block is kept until more follows; before it, the stripe that a short one needs. */
+/* The sums of blocks: of each, what its stripes add, whatever stands before it. Additions may come in any order, so that blocks can
+ * be read in any order, too, while they are in a cache; what depends on all before is `qc_digest_of_sums`, a sixteenth of the bytes.
+ * data: `blocks` blocks; sums: 8 a block, written. */
+QC_EXPORT(qc_digest_sums)(const uint8_t *data, uint64_t blocks, uint64_t *sums) {
+    const uint8_t *secret = (const uint8_t *)SECRET_WORDS;
+    for (uint64_t b = 0; b < blocks; b++, data += BLOCK, sums += LANES) {
+        qd even[LANES / W], odd[LANES / W]; /* an addition waits for the one before it: two chains */
+        memset(even, 0, sizeof even);
+        memset(odd, 0, sizeof odd);
+        for (int s = 0; s < STRIPES; s += 2) {
+            QC_PREFETCH_READ(data + s * STRIPE + AHEAD);
+            QC_PREFETCH_READ(data + (s + 1) * STRIPE + AHEAD);
+            accumulate(even, data + s * STRIPE, secret + 8 * s);
+            accumulate(odd, data + (s + 1) * STRIPE, secret + 8 * s + 8);
+        }
+        for (int i = 0; i < LANES / W; i++) qd_store(sums + W * i, qd_add(even[i], odd[i]));
+    }
+    return QC_OK;
+}
+
+/* The digest of n bytes, of which the whole blocks before the last byte have been added up already.
+ * data: of them what stands behind those blocks is read, and the stripe before it; sums: 8 for each of (n - 1) / 1024 blocks; out: 16 bytes. */
+QC_EXPORT(qc_digest_of_sums)(const uint8_t *data, uint64_t n, const uint64_t *sums, uint8_t *out) {
+    if (n <= SHORT) {
+        xxh3_128(data, n, out);
+        return QC_OK;
+    }
+    uint64_t all[LANES];
+    qd acc[LANES / W];
+    const uint64_t blocks = (n - 1) / BLOCK;
+    start(all);
+    for (int i = 0; i < LANES / W; i++) acc[i] = qd_load(all + W * i);
+    for (uint64_t b = 0; b < blocks; b++, sums += LANES) {
+        for (int i = 0; i < LANES / W; i++) acc[i] = qd_add(acc[i], qd_load(sums + W * i));
+        scramble(acc);
+    }
+    for (int i = 0; i < LANES / W; i++) qd_store(all + W * i, acc[i]);
+    finish(all, data + blocks * BLOCK, n - blocks * BLOCK, n, out);
+    return QC_OK;
+}
+
+/* A digest of digests, whose 16 bytes come one after the other. The last block is kept until more follows; before it, the stripe
+ * that a short one needs. */
 typedef struct {
-    uint64_t at;      /* place of the byte that comes next; seen by other threads */
-    uint64_t stopped; /* nobody need wait any more; written by other threads */
-    uint64_t n;       /* added so far */
+    uint64_t n; /* added so far */
     uint64_t sums[LANES];
     uint8_t before[STRIPE], last[STRIPE * STRIPES];
 } stream_t;
@@ -266,63 +333,10 @@ static void add(stream_t *s, const uint8_t *data, uint64_t n) {
         memcpy(s->last + held, data, n);
         return;
     }
-    if (held) {
-        memcpy(s->last + held, data, BLOCK - held);
-        blocks_of(s->sums, s->last, 1);
-        memcpy(s->before, s->last + BLOCK - STRIPE, STRIPE);
-        data += BLOCK - held, n -= BLOCK - held;
-    }
-    const uint64_t blocks = (n - 1) / BLOCK;
-    if (blocks) {
-        blocks_of(s->sums, data, blocks);
-        data += blocks * BLOCK, n -= blocks * BLOCK;
-        memcpy(s->before, data - STRIPE, STRIPE);
-    }
-    memcpy(s->last, data, n);
-}
-
-QC_INLINE uint64_t seen(const uint64_t *word) {
-#if defined(__GNUC__)
-    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
-#else
-    return *(const volatile uint64_t *)word;
-#endif
-}
-
-QC_INLINE void show(uint64_t *word, uint64_t value) {
-#if defined(__GNUC__)
-    __atomic_store_n(word, value, __ATOMIC_RELEASE);
-#else
-    *(volatile uint64_t *)word = value;
-#endif
-}
-
-/* Tiles are digested in a twentieth of a millisecond, so a look costs less than to be woken; a disk takes longer. */
-static void wait_a_little(uint64_t turn) {
-#if !defined(_WIN32)
-    if (turn < 200) {
-        sched_yield();
-    } else {
-        const struct timespec nap = {0, turn < 1000 ? 20000 : 500000};
-        nanosleep(&nap, NULL);
-    }
-#else
-    (void)turn;
-#endif
-}
-
-/* Waits until everything before `place` was added, by whichever thread, or that was stopped. */
-QC_EXPORT(qc_digest_turn)(const stream_t *s, uint64_t place) {
-    for (uint64_t turn = 0; seen(&s->at) != place && !seen(&s->stopped); turn++) wait_a_little(turn);
-    return QC_OK;
-}
-
-/* Adds n bytes that stand at `place`; nothing if it is not their turn. */
-QC_EXPORT(qc_digest_in_turn)(stream_t *s, const uint8_t *data, uint64_t n, uint64_t place) {
-    if (seen(&s->at) != place) return QC_OK;
-    add(s, data, n);
-    show(&s->at, place + n);
-    return QC_OK;
+    memcpy(s->last + held, data, BLOCK - held);
+    blocks_of(s->sums, s->last, 1);
+    memcpy(s->before, s->last + BLOCK - STRIPE, STRIPE);
+    memcpy(s->last, data + BLOCK - held, n - (BLOCK - held));
 }
 
 static void digest_of(const stream_t *s, uint8_t *out) {
@@ -337,12 +351,6 @@ static void digest_of(const stream_t *s, uint8_t *out) {
     memcpy(last, s->before, STRIPE);
     memcpy(last + STRIPE, s->last, held);
     finish(sums, last + STRIPE, held, s->n, out);
-}
-
-/* out: 16 bytes, the digest of what was added. */
-QC_EXPORT(qc_digest_of_stream)(const stream_t *s, uint8_t *out) {
-    digest_of(s, out);
-    return QC_OK;
 }
 
 /* A stored tensor: its first byte, bytes, bytes of a piece (not 0), and the digest of the digests of its pieces. */
