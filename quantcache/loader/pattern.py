@@ -31,7 +31,7 @@ Array = NDArray[Any]
 SOURCE, OUTPUTS, DIGESTS, BLOCKS, SUMS, COUNT, WORK = range(7)
 #: What is made of a tile takes at most so many bytes a weight, and so many more; as much is between its source and that.
 _ROOM, _MORE = 8, 1 << 16
-#: Weights that a kernel takes at a time where the source is digested, too: what it has read is then still in the core's own cache.
+#: Weights that a kernel takes at a time where anything is digested: what it has read and written is then still in the core's own cache.
 _RUN = 1 << 16
 
 
@@ -100,40 +100,73 @@ def _pattern(raw: Array, job: Job, count: int, *, digested: bool, summed: bool) 
     if whole is None:
         return None
     arrays, runs, work_nbytes = whole[1], [(count, whole[0])], work.taken
+    pieces = []
+    for number, part in enumerate(job.kind.parts):
+        if part.weights:
+            nbytes = min(job.tile // part.weights * ITEMSIZE[part.dtype], arrays[part.name].nbytes)
+            pieces.append(PiecePlace(number, part.weights, ITEMSIZE[part.dtype], *places.of(arrays[part.name]), nbytes))
+    if any(piece.base == WORK for piece in pieces):  # the thread's next tile will stand there
+        return None
     with contextlib.suppress(_OutsideError):  # what cannot be cut is one run
-        if summed and (cut := _cut(raw, job, count, work, outputs)) is not None:
+        if (summed or digested) and (cut := _cut(raw, job, count, work, outputs)) is not None:
             runs, work_nbytes = cut
-    calls, least_blocks, done = Template(), 0, 0
+    calls, added = Template(), [_Added(BLOCKS, 0, raw.nbytes, SUMS, 0)] if summed else []
+    if digested and len(runs) > 1:
+        for piece in pieces:
+            added.append(_Added(piece.base, piece.offset, piece.nbytes, WORK, work_nbytes))
+            work_nbytes += added[-1].blocks * SUM_NBYTES
+    done = 0
     for number, (size, made) in enumerate(runs):
         for call, phase, nbytes in made:
             words = [argument if isinstance(argument, int) else places.of(argument) for argument in call[1:]]
             calls.add(native.kernel(call[0]), words, phase=phase, nbytes=nbytes)
         done += size
-        if summed:
-            last = number == len(runs) - 1
-            blocks = 0 if last else raw.nbytes * done // count // BLOCK - least_blocks
-            at = [(BLOCKS, least_blocks * BLOCK), (COUNT, -least_blocks) if last else blocks, (SUMS, least_blocks * SUM_NBYTES)]
-            calls.add(native.kernel("digest_sums"), at, phase="digest", nbytes=raw.nbytes * size // count)
-            least_blocks += blocks
-    pieces: list[PiecePlace] = []
-    for number, part in enumerate(job.kind.parts):
-        if not part.weights:
-            continue
-        base, offset = places.of(arrays[part.name])
-        nbytes = min(job.tile // part.weights * ITEMSIZE[part.dtype], arrays[part.name].nbytes)
-        if digested:
-            out = DIGESTS, NBYTES * len(pieces)
-            calls.add(native.kernel("digest_pieces"), [(base, offset), nbytes, nbytes, out], phase="digest", nbytes=nbytes)
-        pieces.append(PiecePlace(number, part.weights, ITEMSIZE[part.dtype], base, offset, nbytes))
-    if any(piece.base == WORK for piece in pieces):  # the thread's next tile will stand there
-        return None
+        for one in added:
+            one.add_to(calls, done, count, open_ended=one.base == BLOCKS and number == len(runs) - 1)
+    for number, piece in enumerate(pieces if digested else ()):
+        what, out = (piece.base, piece.offset), (DIGESTS, NBYTES * number)
+        if len(runs) > 1:
+            one = added[number - len(pieces)]
+            calls.add(native.kernel("digest_of_sums"), [what, piece.nbytes, (WORK, one.sums), out], phase="digest", nbytes=piece.nbytes - one.done * BLOCK)
+        else:
+            calls.add(native.kernel("digest_pieces"), [what, piece.nbytes, piece.nbytes, out], phase="digest", nbytes=piece.nbytes)
     filled = []
     for name, array in arrays.items() if job.kind.collects else ():
         base, offset = places.of(array)
         if base != OUTPUTS:
             return None
         filled.append((name, offset, array.dtype, array.size))
-    return Pattern(calls, outputs.taken, work_nbytes, tuple(pieces), tuple(filled), least_blocks)
+    return Pattern(calls, outputs.taken, work_nbytes, tuple(pieces), tuple(filled), added[0].done if summed else 0)
+
+
+class _Added:
+    """Have the blocks of some bytes added up as the bytes come, run by run.
+
+    Args:
+        base, offset, nbytes: where the first is, and how many there are.
+        sums_base, sums: where the sums go.
+    """
+
+    def __init__(self, base: int, offset: int, nbytes: int, sums_base: int, sums: int) -> None:
+        self.base, self._offset, self._nbytes, self._sums_base, self.sums = base, offset, nbytes, sums_base, sums
+        self.blocks = max(0, nbytes - 1) // BLOCK
+        self.done = 0
+
+    def add_to(self, calls: Template, done: int, count: int, *, open_ended: bool) -> None:
+        """Add the call for what is there.
+
+        Args:
+            calls: what it is added to.
+            done, count: so many weights of so many.
+            open_ended: up to the number of blocks that the caller says.
+        """
+        blocks = 0 if open_ended else min(self.blocks, self._nbytes * done // count // BLOCK) - self.done
+        if blocks or open_ended:
+            many = (COUNT, -self.done) if open_ended else blocks
+            nbytes = blocks * BLOCK or self._nbytes - self.done * BLOCK
+            at = [(self.base, self._offset + self.done * BLOCK), many, (self._sums_base, self.sums + self.done * SUM_NBYTES)]
+            calls.add(native.kernel("digest_sums"), at, phase="digest", nbytes=nbytes)
+        self.done += blocks
 
 
 #: what is called for some weights: call, phase, bytes that it goes over
@@ -164,7 +197,7 @@ def _cut(raw: Array, job: Job, count: int, work: Arena, outputs: _Recorded) -> t
         The runs, as weights and calls, and the bytes that they work with; None if they fill something else, or there is but one.
     """
     step = max(1, _RUN // job.kind.unit) * job.kind.unit
-    edges = [*range(0, count - step + 1, step), count] if job.encoder is not None and job.tile >= step else []
+    edges = [*range(0, count - step + 1, step), count]
     runs, slices, work_nbytes = list[tuple[int, _Made]](), outputs.again(), 0
     for start, stop in itertools.pairwise(edges):
         work.clear()
