@@ -40,9 +40,11 @@
 #if defined(__GNUC__)
 #define QC_PREFETCH(address) __builtin_prefetch((address), 1)
 #define QC_PREFETCH_READ(address) __builtin_prefetch((address), 0)
+#define QC_PREFETCH_FAR(address) __builtin_prefetch((address), 0, 2) /* into the second-level cache, which waits for more lines at a time */
 #else
 #define QC_PREFETCH(address) ((void)0)
 #define QC_PREFETCH_READ(address) ((void)0)
+#define QC_PREFETCH_FAR(address) ((void)0)
 #endif
 
 /* Status bits: the same numbers as quantcache.quant.codec.Status. */
@@ -51,12 +53,18 @@ enum { QC_OK = 0, QC_NONFINITE = 1, QC_F16_RANGE = 2, QC_F32_SCALES = 4, QC_BAD_
 /* Element types of inputs and outputs: the same numbers as quantcache.quant.native.ELEMENT. */
 enum { QC_F32 = 0, QC_F16 = 1, QC_BF16 = 2 };
 
-/* Fetches `count` elements from number i of x on, which may lie behind the end. The processor's own prefetchers stop at the end
- * of a page, and do not see what is computed on meanwhile. */
+/* Bytes that memory is asked for before what is fetched into the first-level cache. */
+enum { QC_FAR = 4096 };
+
+/* Fetches `count` elements from number i of x on, and has as many that stand further on brought nearer; both may lie behind the end.
+ * The processor's own prefetchers stop at the end of a page, and do not see what is computed on meanwhile. */
 QC_INLINE void qc_prefetch(const void *x, size_t i, size_t count, int element) {
     const size_t size = element == QC_F32 ? 4 : 2;
     const uintptr_t first = (uintptr_t)x + i * size;
-    for (size_t k = 0; k < count * size; k += 64) QC_PREFETCH_READ((const void *)(first + k));
+    for (size_t k = 0; k < count * size; k += 64) {
+        QC_PREFETCH_READ((const void *)(first + k));
+        QC_PREFETCH_FAR((const void *)(first + k + QC_FAR));
+    }
 }
 
 /* ---- floating-point environment -------------------------------------------------------------

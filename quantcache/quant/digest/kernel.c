@@ -120,6 +120,11 @@ QC_INLINE void accumulate(qd *acc, const uint8_t *data, const uint8_t *secret) {
     for (int i = 0; i < LANES / W; i++) acc[i] = qd_mix(acc[i], qd_load(data + 8 * W * i), qd_load(secret + 8 * W * i));
 }
 
+QC_INLINE void ahead(const uint8_t *stripe) {
+    QC_PREFETCH_READ(stripe + AHEAD);
+    QC_PREFETCH_FAR(stripe + QC_FAR);
+}
+
 QC_INLINE void scramble(qd *acc) {
     for (int i = 0; i < LANES / W; i++) acc[i] = qd_scrambled(acc[i], qd_load(SECRET_WORDS + (SECRET - STRIPE) / 8 + W * i));
 }
@@ -131,7 +136,7 @@ static void blocks_of(uint64_t *sums, const uint8_t *data, uint64_t blocks) {
     for (int i = 0; i < LANES / W; i++) acc[i] = qd_load(sums + W * i);
     for (uint64_t b = 0; b < blocks; b++, data += BLOCK) {
         for (int s = 0; s < STRIPES; s++) {
-            QC_PREFETCH_READ(data + s * STRIPE + AHEAD);
+            ahead(data + s * STRIPE);
             accumulate(acc, data + s * STRIPE, secret + 8 * s);
         }
         scramble(acc);
@@ -285,8 +290,8 @@ QC_EXPORT(qc_digest_sums)(const uint8_t *data, uint64_t blocks, uint64_t *sums) 
         memset(even, 0, sizeof even);
         memset(odd, 0, sizeof odd);
         for (int s = 0; s < STRIPES; s += 2) {
-            QC_PREFETCH_READ(data + s * STRIPE + AHEAD);
-            QC_PREFETCH_READ(data + (s + 1) * STRIPE + AHEAD);
+            ahead(data + s * STRIPE);
+            ahead(data + (s + 1) * STRIPE);
             accumulate(even, data + s * STRIPE, secret + 8 * s);
             accumulate(odd, data + (s + 1) * STRIPE, secret + 8 * s + 8);
         }
