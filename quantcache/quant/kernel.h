@@ -54,7 +54,7 @@ enum { QC_OK = 0, QC_NONFINITE = 1, QC_F16_RANGE = 2, QC_F32_SCALES = 4, QC_BAD_
 enum { QC_F32 = 0, QC_F16 = 1, QC_BF16 = 2 };
 
 /* Bytes that memory is asked for before what is fetched into the first-level cache. */
-enum { QC_FAR = 4096 };
+enum { QC_FAR = 2048 };
 
 /* Fetches `count` elements from number i of x on, and has as many that stand further on brought nearer; both may lie behind the end.
  * The processor's own prefetchers stop at the end of a page, and do not see what is computed on meanwhile. */

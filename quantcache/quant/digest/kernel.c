@@ -6,7 +6,8 @@
 
 #define LANES 8
 #define SHORT 240 /* up to here there are other rules */
-#define AHEAD 1024 /* bytes that are asked of memory before they are needed */
+#define AHEAD 1024 /* bytes that are fetched before they are needed, */
+#define FAR 4096   /* and that memory is asked for */
 #define STRIPE 64
 #define SECRET 192
 #define STRIPES ((SECRET - STRIPE) / 8) /* of a block: each uses the secret from 8 bytes further on */
@@ -122,7 +123,7 @@ QC_INLINE void accumulate(qd *acc, const uint8_t *data, const uint8_t *secret) {
 
 QC_INLINE void ahead(const uint8_t *stripe) {
     QC_PREFETCH_READ(stripe + AHEAD);
-    QC_PREFETCH_FAR(stripe + QC_FAR);
+    QC_PREFETCH_FAR(stripe + FAR);
 }
 
 QC_INLINE void scramble(qd *acc) {
