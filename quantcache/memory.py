@@ -5,6 +5,7 @@ A touch of a page that cannot be read kills; which errors say so is known here, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -12,7 +13,7 @@ import sys
 from functools import cache
 from typing import Any
 
-__all__ = ["HEAD", "PAGE", "is_cached", "keep", "knows_cached", "populate", "will_need"]
+__all__ = ["HEAD", "PAGE", "is_cached", "keep", "knows_cached", "pages", "populate", "will_need"]
 
 PAGE = mmap.PAGESIZE
 #: What of a file is read at once when it is opened, since a header stands there: a fault of a cold one reads as much around itself as
@@ -47,6 +48,15 @@ def _madvise() -> Any:
 
 def _mincore() -> Any:
     return _libc("mincore", ctypes.c_void_p, ctypes.PyDLL)
+
+
+def pages(nbytes: int) -> mmap.mmap:
+    """Return memory of its own, zeros, that goes back to the system once nobody has it: what the C library frees it may keep."""
+    found = mmap.mmap(-1, max(1, nbytes))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without
+            found.madvise(mmap.MADV_HUGEPAGE)
+    return found
 
 
 def populate(address: int, nbytes: int) -> int:

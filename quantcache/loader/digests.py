@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from quantcache.cache.key import CHUNK, Stamp, Streamed, combine
 from quantcache.cache.store import Cache
-from quantcache.loader.mapping import MappedFile
+from quantcache.loader.mapping import MappedFile, fresh
 from quantcache.loader.source import Source
 from quantcache.quant import native
 from quantcache.quant.digest import BLOCK, NBYTES, SUM_NBYTES, add_digest_of_sums, add_sums
@@ -108,13 +108,7 @@ class Sums:
             if not self._left:
                 return None
             self._left -= 1
-            return np.empty(CHUNK // BLOCK * SUM_NBYTES, np.uint8)
-
-    @property
-    def free(self) -> bool:
-        """Whether there is room for another chunk."""
-        with self._lock:
-            return self._left > 0 or bool(self._spare)
+            return fresh(CHUNK // BLOCK * SUM_NBYTES)
 
     def give(self, sums: NDArray[np.uint8]) -> None:
         """Take back what somebody had."""
@@ -122,10 +116,23 @@ class Sums:
             self._spare.append(sums)
 
     def clear(self) -> None:
-        """Let go of what nobody has."""
+        """Give what nobody has back to the system."""
         with self._lock:
             self._left += len(self._spare)
             self._spare.clear()
+
+
+def _add(ranges: list[tuple[int, int]], first: int, last: int) -> None:
+    """Add a range to others, which are apart and in order, and of which it may repeat some: a tensor that turns out not to fit its plan is read twice."""
+    begin = bisect_right(ranges, (first, 0))
+    if begin and ranges[begin - 1][1] >= first:
+        begin -= 1
+        first = ranges[begin][0]
+    end = begin
+    while end < len(ranges) and ranges[end][0] <= last:
+        last = max(last, ranges[end][1])
+        end += 1
+    ranges[begin:end] = [(first, last)]
 
 
 class _Chunk:
@@ -134,28 +141,27 @@ class _Chunk:
     The last block, whole or not, is none of them: it is read when the digest is taken.
     """
 
-    __slots__ = ("added", "blocks", "busy", "digest", "end", "ended", "start", "sums", "unread")
+    __slots__ = ("added", "begun", "blocks", "busy", "covered", "digest", "end", "ended", "start", "sums")
 
     def __init__(self, start: int, end: int) -> None:
         self.start, self.end, self.blocks = start, end, (end - start - 1) // BLOCK
-        self.added: list[tuple[int, int]] = []  # ranges of blocks, apart and in order
-        self.unread = 0  # bytes that readers are still to come for
+        self.added: list[tuple[int, int]] = []  # ranges of blocks
+        self.covered = 0  # bytes that readers come for
+        self.begun: list[tuple[int, int]] = []  # ranges of the file that they have come for
         self.busy = 0  # readers
         self.sums: NDArray[np.uint8] | None = None
         self.ended = False  # its digest is taken, or about to be
         self.digest = b""
 
-    def add(self, first: int, last: int) -> None:
-        """Note blocks, which may be noted already: a tensor that turns out not to fit its plan is read twice."""
-        begin = bisect_right(self.added, (first, 0))
-        if begin and self.added[begin - 1][1] >= first:
-            begin -= 1
-            first = self.added[begin][0]
-        end = begin
-        while end < len(self.added) and self.added[end][0] <= last:
-            last = max(last, self.added[end][1])
-            end += 1
-        self.added[begin:end] = [(first, last)]
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is at it, and it has no digest."""
+        return not self.ended and not self.busy
+
+    @property
+    def ripe(self) -> bool:
+        """Whether its readers are through with it: the room of its sums is wanted for others."""
+        return self.idle and self.sums is not None and sum(last - first for first, last in self.begun) >= self.covered
 
     def missing(self) -> list[tuple[int, int]]:
         """Return the ranges of blocks that are not added up."""
@@ -233,7 +239,7 @@ class DigestBehind:
 
     Args:
         file: the source.
-        covered: the ranges that readers will read, each once unless a tensor is read again.
+        covered: the ranges that readers will read, apart from each other.
         room: where sums lie.
     """
 
@@ -241,9 +247,11 @@ class DigestBehind:
         self._file, self.room = file, room or Sums(_SUMS_NBYTES)
         self._lock = threading.Lock()
         self._chunks = [_Chunk(start, min(start + CHUNK, file.nbytes)) for start in range(0, file.nbytes, CHUNK)]
+        self._left, self._first = len(self._chunks), 0  # chunks without a digest, and before which all have been taken
+        self._ripe: list[_Chunk] = []  # chunks that were once they were given back
         for start, stop in covered:
             for chunk, first, last in self._parts(start, stop):
-                chunk.unread += last - first
+                chunk.covered += last - first
 
     def _parts(self, start: int, stop: int) -> list[tuple[_Chunk, int, int]]:
         if stop <= start:
@@ -256,9 +264,12 @@ class DigestBehind:
         mine = []
         with self._lock:
             for chunk, first, last in self._parts(start, stop):
-                chunk.unread -= last - first
+                _add(chunk.begun, first, last)
                 begin, end = -(-(first - chunk.start) // BLOCK), min(chunk.blocks, (last - chunk.start) // BLOCK)
-                if chunk.ended or begin >= end:
+                if chunk.ended:
+                    continue
+                if begin >= end:
+                    self._note(chunk)
                     continue
                 if chunk.sums is None:
                     chunk.sums = self.room.take()
@@ -283,36 +294,60 @@ class DigestBehind:
         """Take what was added up; a claim may come several times."""
         with self._lock:
             for claim in dict.fromkeys(claims):
-                for added in claim.added:
-                    added[0].add(*added[1:])
+                for chunk, first, last in claim.added:
+                    _add(chunk.added, first, last)
                 for chunk in claim.chunks:
                     chunk.busy -= 1
+                    self._note(chunk)
 
-    def finish_one(self) -> None:
-        """Take the digest of one chunk that nobody is busy with; of one that is read, if there is one.
+    def _note(self, chunk: _Chunk) -> None:
+        if chunk.ripe:
+            self._ripe.append(chunk)
+
+    def take(self, *, ripe: bool = False) -> _Chunk | None:
+        """Return a chunk that nobody is at, for the caller to finish; one that is read before others.
+
+        Args:
+            ripe: whether it has to be read.
+
+        Returns:
+            None if there is none, or no room for its sums.
+        """
+        with self._lock:
+            while self._ripe:  # some may be read again meanwhile
+                if (chunk := self._ripe.pop()).ripe:
+                    chunk.ended = True
+                    return chunk
+            while self._first < len(self._chunks) and self._chunks[self._first].ended:
+                self._first += 1
+            for number in () if ripe else range(self._first, len(self._chunks)):
+                chunk = self._chunks[number]
+                if not chunk.idle:
+                    continue
+                if chunk.blocks and chunk.sums is None:
+                    chunk.sums = self.room.take()
+                if chunk.sums is not None or not chunk.blocks:
+                    chunk.ended = True
+                    return chunk
+            return None
+
+    def finish(self, chunk: _Chunk) -> None:
+        """Take the digest of a chunk that the caller took: read what is missing, and put the sums together.
 
         Raises:
             SourceError: it cannot be read.
         """
-        with self._lock:
-            chunk = next(filter(self._is_ripe, self._chunks), None) or next(filter(self._is_idle, self._chunks), None)
-            if chunk is None:
-                return
-            if chunk.blocks and chunk.sums is None:
-                chunk.sums = self.room.take()
-                if chunk.sums is None:  # another thread was quicker
-                    return
-            chunk.ended = True
         sums = np.empty(0, np.uint8) if chunk.sums is None else chunk.sums
         calls, begin, found = Calls(), self._file.address + chunk.start, np.empty(NBYTES, np.uint8)
         calls.name = self._file.path.name
+        step = max(1, _PIECE // BLOCK)
         for first, last in chunk.missing():
-            for block in range(first, last, max(1, _PIECE // BLOCK)):
-                count = min(max(1, _PIECE // BLOCK), last - block)
+            for block in range(first, last, step):
+                count = min(step, last - block)
                 self._file.add_populate(calls, chunk.start + block * BLOCK, count * BLOCK)
                 add_sums(calls, begin + block * BLOCK, count, native.address(sums) + block * SUM_NBYTES)
-        last = max(0, chunk.blocks - 1) * BLOCK  # of a short end the stripe before it is read, too
-        self._file.add_populate(calls, chunk.start + last, chunk.end - chunk.start - last)
+        tail = max(0, chunk.blocks - 1) * BLOCK  # of a short end the stripe before it is read, too
+        self._file.add_populate(calls, chunk.start + tail, chunk.end - chunk.start - tail)
         add_digest_of_sums(calls, begin, chunk.end - chunk.start, native.address(sums), native.address(found))
         stopped = calls.run()
         if stopped < len(calls):
@@ -321,30 +356,12 @@ class DigestBehind:
             if chunk.sums is not None:
                 self.room.give(chunk.sums)
             chunk.sums, chunk.digest = None, found.tobytes()
-
-    def _is_idle(self, chunk: _Chunk) -> bool:
-        return not chunk.ended and not chunk.busy and (chunk.sums is not None or not chunk.blocks or self.room.free)
-
-    @staticmethod
-    def _is_ripe(chunk: _Chunk) -> bool:
-        return chunk.sums is not None and not chunk.ended and not chunk.busy and chunk.unread <= 0
-
-    @property
-    def ripe(self) -> bool:
-        """Whether there is a chunk that readers are through with: its room is wanted for others."""
-        with self._lock:
-            return any(map(self._is_ripe, self._chunks))
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is a chunk without a digest that nobody is busy with, and room for it."""
-        with self._lock:
-            return any(map(self._is_idle, self._chunks))
+            self._left -= 1
 
     @property
     def open(self) -> bool:
         """Whether chunks are left that have no digest yet."""
-        return not all(chunk.digest for chunk in self._chunks)
+        return self._left > 0
 
     def result(self) -> str:
         """Return the digest of the whole file.

@@ -1,4 +1,4 @@
-"""Own how a file is mapped and read: zero-copy views, and faults turned into errors.
+"""Own how a file is mapped and read: zero-copy views, and faults turned into errors; and memory that no file stands behind.
 
 Weights are used where the page cache has them (docs/decisions/0003-reading.md), and faulted in first. Knows no format.
 """
@@ -18,18 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import SourceError, SourceNotFoundError
-from quantcache.memory import PAGE, is_cached, knows_cached, populate, will_need
+from quantcache.memory import PAGE, is_cached, knows_cached, pages, populate, will_need
 from quantcache.quant import native
 from quantcache.quant.native import Calls
 from quantcache.trace import span
 
-__all__ = ["MappedFile", "add_populate"]
+__all__ = ["MappedFile", "add_populate", "fresh"]
 
 
 def add_populate(calls: Calls, address: int, nbytes: int) -> None:
     """Have mapped pages faulted in by a call of the phase "read", which fails if they cannot be read. Not at the reference level."""
     start = address // PAGE * PAGE
     calls.add(native.system("populate"), start, address + nbytes - start, phase="read", nbytes=nbytes)
+
+
+def fresh(nbytes: int) -> NDArray[np.uint8]:
+    """Return memory of its own, zeros, that goes back to the system with the array."""
+    return np.frombuffer(pages(nbytes), np.uint8)[:nbytes]
 
 
 class MappedFile:

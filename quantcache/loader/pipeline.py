@@ -23,7 +23,8 @@ from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, QuantcacheError, QuantcacheWarning, shorten
 from quantcache.loader.build import Batch, Build, Task, complete, refusal, wholes
-from quantcache.loader.digests import Sums, source_digest
+from quantcache.loader.digests import DigestBehind, Sums, source_digest
+from quantcache.loader.mapping import fresh
 from quantcache.loader.plan import Job
 from quantcache.loader.tiles import Quantizer, Tile, encode, encode_elsewhere
 from quantcache.quant import native
@@ -138,7 +139,7 @@ class Pipeline:
         for build in builds:
             if build.behind is not None:
                 build.behind.room = self._sums
-        self._spare = [Arena(min(self._made, self._total[0])) for _ in range(spare)]
+        self._spare = [Arena(min(self._made, self._total[0]), fresh) for _ in range(spare)]
         self._alive, self._wanted, self._count = 0, count, count
         self._threads: list[threading.Thread] = []
         self._process = os.getpid()
@@ -276,6 +277,7 @@ class Pipeline:
         if stopped:  # nobody may ever close the model: another load must not wait for its lock
             for build in self.builds:
                 build.drop()
+            self._let_go()
 
     def _stop(self, failure: BaseException | None) -> None:
         """Have all threads end, for a reason or because somebody wants it."""
@@ -307,18 +309,24 @@ class Pipeline:
                             return lambda work, batch=batch: self._quantize(batch, work)  # type: ignore[misc]
                         waiting = True
                     for behind in behinds:
-                        if behind.ripe if queue is self._urgent or waiting else behind.idle:
-                            return lambda _, behind=behind: behind.finish_one()  # type: ignore[misc]
+                        chunk = behind.take(ripe=queue is self._urgent or waiting)
+                        if chunk is not None:
+                            return lambda _, behind=behind, chunk=chunk: self._finish_chunk(behind, chunk)  # type: ignore[misc]
                 for build in self.builds:
                     if build.left == 0 and not (build.behind and build.behind.open) and not build.published:
                         build.published = True
                         return lambda _, build=build: self._publish(build)  # type: ignore[misc]
                 self._todo.wait(0.5)
 
+    def _finish_chunk(self, behind: DigestBehind, chunk: Any) -> None:
+        behind.finish(chunk)
+        with self._lock:  # there is room for the sums of another
+            self._todo.notify()
+
     def _take(self, queue: deque[Task]) -> Batch:
         """Return the next tiles, with buffers for what comes out.
 
-        Small ones together, but alone at first and what is waited for, and few at the end. Of those that are quantized elsewhere, as many as go there at a time, with small ones that stand between: a digest needs its order.
+        Small ones together, but alone at first and what is waited for, and few at the end. Of those that are quantized elsewhere, as many as go there at a time, with small ones that stand between.
         """
         build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
         extents: list[tuple[int, int]] = []  # of the source, as they are taken
@@ -495,9 +503,16 @@ class Pipeline:
             with self._lock:
                 self._open -= 1
                 if not self._open:
-                    self._spare.clear()
-                    self._sums.clear()
+                    self._let_go()
                 self._wake()
+
+    def _let_go(self) -> None:
+        """Give memory back, of which no thread needs any more: whoever has the model may keep it for long."""
+        self._spare.clear()
+        self._sums.clear()
+        for build in self.builds:
+            build.behind = None
+            build.outbox.clear()
 
     def _store(self, build: Build, cache: Cache, staged: StagedEntry) -> None:
         source = build.source

@@ -11,7 +11,7 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -99,11 +99,12 @@ class Arena(Scratch):
 
     Args:
         nbytes: of all arrays, most of the time; memory that is never touched costs nothing.
+        allocate: returns uint8 of so many bytes; np.empty if None.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, allocate: Callable[[int], Array] | None = None) -> None:
         super().__init__()
-        self._nbytes = nbytes
+        self._nbytes, self._allocate = nbytes, allocate or (lambda nbytes: np.empty(nbytes, np.uint8))
         self._taken = self._missing = self._address = 0
 
     def clear(self) -> None:
@@ -121,7 +122,7 @@ class Arena(Scratch):
         """Return bytes that nobody else has without making an array of them: in which one they are, from where on, and their address."""
         room, whole = -(-nbytes // _LINE) * _LINE, self._buffers.get("")
         if whole is None or (not self._taken and whole.nbytes < self._nbytes):
-            whole = self._buffers[""] = np.empty(self._nbytes, np.uint8)
+            whole = self._buffers[""] = self._allocate(self._nbytes)
             self._address = native.address(whole)
         start = self._taken
         if start + room > whole.nbytes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,9 +73,17 @@ def read(claim: Claim, rng: random.Random) -> None:
 
 def finish(behind: DigestBehind) -> str:
     """Have the rest read."""
-    while behind.idle:
-        behind.finish_one()
+    while (chunk := behind.take()) is not None:
+        behind.finish(chunk)
     return behind.result()
+
+
+def finish_ripe(behind: DigestBehind) -> bool:
+    """Finish a chunk that is read, and return whether there was one."""
+    chunk = behind.take(ripe=True)
+    if chunk is not None:
+        behind.finish(chunk)
+    return chunk is not None
 
 
 @pytest.fixture
@@ -83,13 +91,14 @@ def read_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list of the bytes that are read by whoever finishes a chunk, but for the last block of each."""
     found: list[int] = []
     real = digests.add_sums
-    monkeypatch.setattr(digests.DigestBehind, "finish_one", lambda self, real=DigestBehind.finish_one: counting(lambda: real(self)))
+    finish = DigestBehind.finish
 
-    def counting(finish: Callable[[], None]) -> None:
+    def counting(self: DigestBehind, chunk: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(digests, "add_sums", lambda *given: (found.append(given[2] * BLOCK), real(*given))[1])
-            finish()
+            finish(self, chunk)
 
+    monkeypatch.setattr(DigestBehind, "finish", counting)
     return found
 
 
@@ -120,20 +129,46 @@ def test_chunks_that_are_read_are_ripe(file: MappedFile) -> None:
     """A chunk can be finished once its readers are through, whatever is left of others; its room is there for the next one."""
     room = Sums(CHUNK // BLOCK * SUM_NBYTES)
     behind = DigestBehind(file, [(5000, CHUNK + 5000), (CHUNK + 5000, 2 * CHUNK)], room)
-    assert not behind.ripe
+    assert not finish_ripe(behind)
     first, second = behind.claim(5000, CHUNK - 100), behind.claim(CHUNK - 100, CHUNK + 5000)
     for claim in (first, second):
         read(claim, random.Random())
     behind.give_back([second])
-    assert not behind.ripe
-    assert not room.free
+    assert not finish_ripe(behind)
+    assert room.take() is None
     behind.give_back([first])
-    assert behind.ripe
-    behind.finish_one()
-    assert not behind.ripe
-    assert room.free
+    chunk = behind.take(ripe=True)
+    assert chunk is not None
+    assert behind.take(ripe=True) is None  # and nothing else instead: tiles of others are still to come
+    behind.finish(chunk)
     feed(behind, (CHUNK + 5000, 2 * CHUNK))
-    assert behind.ripe
+    assert finish_ripe(behind)
+    assert finish(behind) == expected(file)
+
+
+def test_read_again_is_not_read_whole(file: MappedFile) -> None:
+    """A chunk of which a half was read twice is not through: the other half is still to come."""
+    behind = DigestBehind(file, [(0, CHUNK)])
+    for _ in range(2):
+        feed(behind, (0, CHUNK // 2))
+    assert not finish_ripe(behind)
+    feed(behind, (CHUNK // 2, CHUNK // 2 + 100))  # no whole block
+    feed(behind, (CHUNK // 2 + 100, CHUNK))
+    busy = behind.claim(100, 5000)
+    assert not finish_ripe(behind)
+    behind.give_back([busy])
+    assert finish_ripe(behind)
+    assert not finish_ripe(behind)
+    assert finish(behind) == expected(file)
+
+
+def test_read_in_scraps(file: MappedFile) -> None:
+    """Ranges that have no whole block make a chunk ripe as well, by the last of them."""
+    behind = DigestBehind(file, [(0, 5000)])
+    feed(behind, (0, 4096))
+    assert not finish_ripe(behind)
+    feed(behind, (4096, 5000))
+    assert finish_ripe(behind)
     assert finish(behind) == expected(file)
 
 
@@ -146,14 +181,12 @@ def test_no_more_room_than_there_is(file: MappedFile, read_again: list[int]) -> 
     assert [chunk.sums is not None for chunk in behind._chunks] == [True, True, False, False, False]
     for chunk in range(4):
         feed(behind, (chunk * CHUNK + CHUNK // 2, chunk * CHUNK + CHUNK))
-    assert behind.ripe
     assert finish(behind) == expected(file)
     assert 2 * CHUNK <= sum(read_again) < 2.1 * CHUNK
-    assert room.free
     assert len(room._spare) == 2
     room.clear()
     assert not room._spare
-    assert room.free
+    assert [room.take() is not None for _ in range(3)] == [True, True, False]
 
 
 def test_many_readers(file: MappedFile) -> None:
@@ -170,8 +203,7 @@ def test_many_readers(file: MappedFile) -> None:
                 if not found:
                     return
                 feed(behind, *found)
-                if behind.ripe:
-                    behind.finish_one()
+                finish_ripe(behind)
 
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
@@ -186,8 +218,9 @@ def test_ranges_that_are_read_again(file: MappedFile) -> None:
     behind = DigestBehind(file, [(0, file.nbytes)])
     for one in [(0, 300_000), (300_000, 400_000), (0, 250_000), (250_000, 600_000), (100, 200), (600_000, file.nbytes)]:
         feed(behind, one)
-    assert behind.ripe
-    behind.finish_one()
+    while finish_ripe(behind):
+        pass
+    assert not behind.open
     feed(behind, (0, 300_000))
     assert finish(behind) == expected(file)
 
@@ -203,8 +236,8 @@ def test_what_was_not_added_up(file: MappedFile) -> None:
     sums[:] = 0
     refused.added.clear()
     behind.give_back([other])
-    while behind.idle:
-        behind.finish_one()
+    while (chunk := behind.take()) is not None:
+        behind.finish(chunk)
     with pytest.raises(ValueError, match="not complete"):
         behind.result()
     behind.give_back([refused])

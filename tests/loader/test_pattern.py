@@ -98,8 +98,8 @@ def digest_of(source: Source, jobs: list[Job]) -> None:
         missing = sum(last - first for chunk in behind._chunks for first, last in chunk.missing())
         nobodys = source.file.nbytes - sum(stop - start for start, stop in extents)
         assert missing <= 2 * (sum(len(job.tiles) for job in jobs) + len(behind._chunks)) + nobodys // BLOCK
-        while behind.idle:
-            behind.finish_one()
+        while (chunk := behind.take()) is not None:
+            behind.finish(chunk)
         assert behind.result() == source_digest(source, 1)
 
 
@@ -166,8 +166,8 @@ def test_what_runs_refuse(tmp_path: Path, rng: np.random.Generator, monkeypatch:
         assert tile.status == status
         assert tile.pieces == []
         behind.give_back([tile.claim] if tile.claim is not None else [])
-        while behind.idle:
-            behind.finish_one()
+        while (chunk := behind.take()) is not None:
+            behind.finish(chunk)
         assert behind.result() == source_digest(source, 1)
 
 

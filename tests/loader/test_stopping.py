@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import quantcache as qc
+from quantcache import memory
+from quantcache.loader import mapping
 from quantcache.loader.pipeline import Progress
 
 
@@ -291,3 +294,28 @@ def test_few_descriptors(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     with qc.load(path, "int8", cache=tmp_path / "c") as model:
         assert model.hit
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_memory_goes_back_to_the_system(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool) -> None:
+    """Once a build is done, or stopped, its buffers are given back, however long somebody keeps the model: no page of them stays."""
+    given: list[Any] = []
+    real = memory.pages
+
+    def pages(nbytes: int) -> Any:
+        found = real(nbytes)
+        given.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(mapping, "pages", pages)
+    with qc.load(model_path, cache=tmp_path / "c") as model:
+        if cancelled:
+            model["blocks.0.a.weight"].dequantize()
+            model.cancel()
+        else:
+            model.finish()
+        assert given
+        end = time.monotonic() + 30
+        while any(one() is not None for one in given) and time.monotonic() < end:
+            time.sleep(0.01)  # threads end a little later
+        assert [one for one in given if one() is not None] == []
