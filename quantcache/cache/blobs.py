@@ -11,7 +11,6 @@ import errno
 import mmap
 import os
 import re
-import secrets
 import stat
 import threading
 import time
@@ -312,7 +311,7 @@ def staged_path(folder: Path, name: str) -> Path | None:
 
 def _temp_path(folder: Path) -> Path:
     """Return a new name for a staged file of this process."""
-    name = f"{os.getpid()}-{secrets.token_hex(8)}.tmp"
+    name = f"{os.getpid()}-{os.urandom(8).hex()}.tmp"
     _MINE.add(name)
     return folder / name
 
@@ -482,7 +481,7 @@ def quarantine(path: Path, folder: Path) -> Path | None:
     Returns:
         Where it is now, or None if it could not be moved (then it is still where it was).
     """
-    target = folder / f"{path.name}.{int(time.time())}-{secrets.token_hex(3)}"
+    target = folder / f"{path.name}.{int(time.time())}-{os.urandom(3).hex()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         os.rename(path, target)

@@ -6,7 +6,6 @@ import array
 import contextlib
 import errno
 import os
-import secrets
 import stat
 import struct
 from collections.abc import Iterable
@@ -270,7 +269,7 @@ def locks_work(folder: Path) -> bool | None:
     """
     if fcntl is None:
         return True
-    path = folder / f".lock-{os.getpid()}-{secrets.token_hex(4)}"
+    path = folder / f".lock-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -113,7 +112,13 @@ def config_file() -> Path:
 def _from_file() -> tuple[dict[str, Any], Path]:
     path = config_file()
     try:
-        with path.open("rb") as file:
+        file = path.open("rb")
+    except OSError:
+        return {}, path
+    import tomllib  # most users have no such file
+
+    try:
+        with file:
             found = tomllib.load(file)
     except OSError:
         return {}, path

@@ -17,19 +17,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcache.cache import locks
 from quantcache.cache import policy as policies
 from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale, staged_path, store_error
 from quantcache.cache.container import Slot
-from quantcache.cache.explain import Explanation, explain
 from quantcache.cache.filesystem import (
     PRIVATE,
     files_in,
@@ -53,6 +51,9 @@ from quantcache.errors import (
     StoreTooNewError,
     UsageError,
 )
+
+if TYPE_CHECKING:
+    from quantcache.cache.explain import Explanation
 
 __all__ = ["Cache"]
 
@@ -355,6 +356,8 @@ class Cache:
             nbytes: to be added.
             max_size, keep_free: other limits than the store's own.
         """
+        import shutil  # a hit needs none of it, and would wait for it
+
         over = self.usage()["total"] + nbytes - (self.max_size if max_size is None else max_size)
         with contextlib.suppress(OSError):
             disk = shutil.disk_usage(self.folder)
@@ -482,6 +485,8 @@ class Cache:
 
     def explain(self, document: Mapping[str, Any]) -> Explanation:
         """Say whether a key document has an entry, and against the nearest one, factor by factor, why not."""
+        from quantcache.cache.explain import explain  # as above
+
         return explain(self, document)
 
     def related(self, document: Mapping[str, Any], limit: int) -> list[str]:

@@ -470,6 +470,7 @@ def test_a_hit_imports_nothing_slow(model_path: Path, tmp_path: Path) -> None:
     """What a hit does not need is not imported: others' readers, a GPU, progress bars, codecs' peers."""
     load_all(model_path, tmp_path / "c")
     slow = {"gguf", "safetensors", "wgpu", "rich", "typer", "torch", "ml_dtypes", "concurrent.futures.process", "asyncio", "multiprocessing"}
+    slow |= {"hmac", "tomllib", "quantcache.cache.explain"}
     code = (
         "import sys, quantcache as qc\n"
         "with qc.load(sys.argv[1], cache=sys.argv[2]) as model:\n"
