@@ -263,13 +263,14 @@ class Codec(ABC):
         """Return the encoder of one tensor; its parts' keys are the name, without .weight at its end, and something that no name changes."""
 
     @abstractmethod
-    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
+    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str, *, fresh: bool = False) -> None:
         """Decode a whole tensor.
 
         Args:
             parts: name -> stored array.
             out: C-contiguous, of the weights' shape and of the type below; written.
             dtype: "F32", "F16" or "BF16".
+            fresh: nobody has touched its memory yet.
         """
 
     def dequantize(
@@ -288,9 +289,9 @@ class Codec(ABC):
             CodecError: the parts are not those of a tensor of this shape.
         """
         self._check_parts(parts, shape)
-        out = output_for(shape, dtype, out)
-        self.dequantize_into(parts, out, dtype)
-        return out
+        found = output_for(shape, dtype, out)
+        self.dequantize_into(parts, found, dtype, fresh=out is None)
+        return found
 
     def _check_parts(self, parts: Mapping[str, Array], shape: tuple[int, ...]) -> None:
         """Compare sizes and types with the layout: a kernel believes what it is told."""

@@ -195,8 +195,6 @@ class Template:
 
     #: as calls.c has a call: function, number of arguments, phase, base and offset of each
     _WORDS = 3 + 2 * _ARGUMENTS
-    #: at most
-    BASES = _ARGUMENTS - 1
     PHASES = ("decode", "quantize", "digest")
 
     def __init__(self) -> None:

@@ -114,7 +114,7 @@ def check(runner: Runner, level: str) -> int:
                     same(f"nf4 absmax {name} {n}", absmax, wanted[2])
                     for out in ELEMENT:
                         dtype = "f4" if out == "F32" else "u2"
-                        _, (decoded,) = runner.call(f"qc_nf4_dequantize__{level}", codes, absmax, n, TABLE, ("out", dtype, n), ELEMENT[out])
+                        _, (decoded,) = runner.call(f"qc_nf4_dequantize__{level}", codes, absmax, n, TABLE, ("out", dtype, n), ELEMENT[out], 0)
                         same(f"nf4 decoding {name} {out}", decoded, from_f32(nf4.dequantize(codes, absmax, n, TABLE), out))
             for f16_scales in (1, 0):
                 n = 4096

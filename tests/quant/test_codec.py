@@ -32,7 +32,7 @@ def _codec_class(codec_id: str) -> type[Codec]:
         def encoder(self, name: str, shape: tuple[int, ...], source_dtype: str, variant: str) -> Encoder:
             raise NotImplementedError
 
-        def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
+        def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str, *, fresh: bool = False) -> None:
             out[...] = parts["values"]
 
     return Toy

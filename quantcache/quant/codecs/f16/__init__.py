@@ -69,7 +69,7 @@ class F16(Codec):
         kind = "array<vec4<f32>>" if dtypes["values"] == "F32" else "array<vec4<u32>>"
         return WeightShader({"values": kind}, "".join(read(f"codecs/f16/{file}.wgsl") for file in files), any_width=True)
 
-    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
+    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str, *, fresh: bool = False) -> None:
         """Widen or copy."""
         decoded = from_f32(to_f32(parts["values"].reshape(-1), "F16"), dtype)
         out[...] = decoded.view(out.dtype).reshape(out.shape)

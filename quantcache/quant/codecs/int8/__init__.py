@@ -89,7 +89,7 @@ class Int8(Codec):
         parts = {"codes": 2 * reference.GROUP, "scales": scales, "biases": scales}
         return EncodeShader(2 * reference.GROUP, parts, 64, 64, constants + read("codecs/int8/encode.wgsl"))
 
-    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
+    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str, *, fresh: bool = False) -> None:
         """Decode a whole tensor."""
         codes = native.contiguous(parts["codes"]).reshape(-1).view(np.uint8)
         scales, biases = (native.contiguous(parts[name]).reshape(-1) for name in ("scales", "biases"))

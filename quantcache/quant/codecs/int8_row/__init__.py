@@ -90,7 +90,7 @@ class Int8Row(Codec):
         source = f"const QC_WIDTH = {shape[1]}u;\n" + read("codecs/int8_row/encode.wgsl")
         return EncodeShader(shape[1], {"codes": shape[1], "scales": 4}, 1, 256, source)
 
-    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
+    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str, *, fresh: bool = False) -> None:
         """Decode a whole tensor."""
         codes, scales = native.contiguous(parts["codes"]), native.contiguous(parts["scales"])
         if native.level() == "reference":

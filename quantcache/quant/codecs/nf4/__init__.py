@@ -181,14 +181,14 @@ class Nf4(Codec):
         source = f"fn qc_middles_below(value: f32) -> u32 {{ return {below}; }}\n" + read("codecs/nf4/encode.wgsl")
         return EncodeShader(reference.BLOCK, {"codes": reference.BLOCK // 2, "absmax": 4}, 64, 64, source)
 
-    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str) -> None:
+    def dequantize_into(self, parts: Mapping[str, Array], out: Array, dtype: str, *, fresh: bool = False) -> None:
         """Decode a whole tensor."""
         codes, absmax = native.contiguous(parts["codes"]).reshape(-1), native.contiguous(self.absmax(parts))
         if native.level() == "reference":
             decoded = from_f32(reference.dequantize(codes, absmax, out.size, TABLE), dtype)
             out[...] = decoded.view(out.dtype).reshape(out.shape)
         else:
-            native.kernel("nf4_dequantize")(codes, absmax, out.size, TABLE, out, native.ELEMENT[dtype])
+            native.kernel("nf4_dequantize")(codes, absmax, out.size, TABLE, out, native.ELEMENT[dtype], int(fresh))
 
     def absmax(self, parts: Mapping[str, Array]) -> NDArray[np.float32]:
         """Return the absmax of every block, float32[n / 64]."""

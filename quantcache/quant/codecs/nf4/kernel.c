@@ -163,10 +163,13 @@ QC_EXPORT(qc_nf4_quantize)(const void *x, size_t n, int64_t element, const float
 
 /* ---- dequantize ----------------------------------------------------------------------------- */
 
-QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, const float *table, void *out, int element) {
+QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, const float *table, void *out, int fresh, int element) {
 #if defined(QC_AVX512)
-    /* what no cache can hold is written past them: memory is then not read before it is overwritten */
-    const int past_caches = n >= ((size_t)1 << 24) && ((uintptr_t)out & 63) == 0;
+    /* what no cache can hold is written past them: memory is then not read before it is overwritten. A fresh page is in a cache, since
+     * the system has just filled it with zeros, and would have to leave it line by line */
+    const int past_caches = !fresh && n >= ((size_t)1 << 24) && ((uintptr_t)out & 63) == 0;
+#else
+    (void)fresh;
 #endif
     for (size_t start = 0, block = 0; start < n; start += BLOCK, block++) {
         const size_t length = n - start < BLOCK ? n - start : BLOCK;
@@ -261,10 +264,11 @@ QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, co
     return QC_OK;
 }
 
-/* table: float32[16]; out: element[n] = f32(table[code] * absmax), rounded to the element type */
-QC_EXPORT(qc_nf4_dequantize)(const uint8_t *codes, const float *absmax, size_t n, const float *table, void *out, int64_t element) {
+/* table: float32[16]; out: element[n] = f32(table[code] * absmax), rounded to the element type; fresh: 1 if nobody has touched it yet */
+QC_EXPORT(qc_nf4_dequantize)(const uint8_t *codes, const float *absmax, size_t n, const float *table, void *out, int64_t element,
+                             int64_t fresh) {
     QC_FP_ENTER;
-    const int status = QC_FOR_ELEMENT(element, dequantize, codes, absmax, n, table, out);
+    const int status = QC_FOR_ELEMENT(element, dequantize, codes, absmax, n, table, out, fresh != 0);
     QC_FP_LEAVE;
     return status;
 }
