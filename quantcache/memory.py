@@ -52,7 +52,8 @@ def _mincore() -> Any:
 
 def pages(nbytes: int) -> mmap.mmap:
     """Return memory of its own, zeros, that goes back to the system once nobody has it: what the C library frees it may keep."""
-    found = mmap.mmap(-1, max(1, nbytes))
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}  # else it is shared, and has no large pages
+    found = mmap.mmap(-1, max(1, nbytes), **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without
             found.madvise(mmap.MADV_HUGEPAGE)

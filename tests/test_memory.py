@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from pathlib import Path
 
@@ -54,3 +55,16 @@ def test_a_page_of_broken_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_madvise", lambda: lambda *_: ctypes.set_errno(poisoned) or -1)
     assert memory.populate(0, 1) == poisoned
     assert not keep(mapped)
+
+
+def test_pages_are_a_process_s_own() -> None:
+    """Memory that is asked for is zeros, of any size, and not shared with a child of fork, which would be counted and paged otherwise."""
+    found = memory.pages(3 * mmap.PAGESIZE + 5)
+    assert bytes(found) == bytes(3 * mmap.PAGESIZE + 5)
+    assert len(memory.pages(0)) == 1
+    child = os.fork()
+    if not child:
+        found[0] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert found[0] == 0
