@@ -112,16 +112,13 @@ def config_file() -> Path:
 def _from_file() -> tuple[dict[str, Any], Path]:
     path = config_file()
     try:
-        file = path.open("rb")
+        raw = path.read_bytes()
     except OSError:
         return {}, path
     import tomllib  # most users have no such file
 
     try:
-        with file:
-            found = tomllib.load(file)
-    except OSError:
-        return {}, path
+        found = tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
     unknown = sorted(set(found) - set(SETTINGS))

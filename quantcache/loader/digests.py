@@ -24,11 +24,11 @@ from quantcache.quant.digest import BLOCK, NBYTES, SUM_NBYTES, add_digest_of_sum
 from quantcache.quant.native import Calls
 from quantcache.trace import span
 
-__all__ = ["Claim", "DigestBehind", "Spot", "Sums", "joined", "known_digest", "source_digest"]
+__all__ = ["Claim", "DigestBehind", "Sums", "joined", "known_digest", "source_digest"]
 
 #: What is faulted in at a time by whoever only digests, in whole blocks.
 _PIECE = 1 << 20
-#: Bytes of sums that one file may have, unless others share them.
+#: Bytes of sums that files under way have together: a sixteenth of what was read of chunks that others are still at.
 _SUMS_NBYTES = 48 << 20
 
 
@@ -92,10 +92,10 @@ class Sums:
     """Hand out memory for the sums of chunks, and take it back; no more of it than a limit. Threads share it.
 
     Args:
-        nbytes: the limit, a sixteenth of what can be under way of files.
+        nbytes: the limit.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int = _SUMS_NBYTES) -> None:
         self._lock = threading.Lock()
         self._left = max(1, nbytes * BLOCK // SUM_NBYTES // CHUNK)
         self._spare: list[NDArray[np.uint8]] = []
@@ -187,8 +187,8 @@ class Spot(NamedTuple):
 class Claim:
     """Hold what a reader adds up of a range while it has it in its hands: its whole blocks, from the first on."""
 
-    def __init__(self, file: MappedFile, start: int, stop: int, parts: list[tuple[_Chunk, int, int]]) -> None:
-        self._file, self.start, self.stop = file, start, stop
+    def __init__(self, file: MappedFile, stop: int, parts: list[tuple[_Chunk, int, int]]) -> None:
+        self._file, self.stop = file, stop
         self._parts = parts  # blocks of chunks that have room for sums, in order
         self._at = parts[0][1] if parts else 0  # the next block of the first of them
         self.chunks = [chunk for chunk, _, _ in parts]
@@ -244,7 +244,7 @@ class DigestBehind:
     """
 
     def __init__(self, file: MappedFile, covered: Iterable[tuple[int, int]], room: Sums | None = None) -> None:
-        self._file, self.room = file, room or Sums(_SUMS_NBYTES)
+        self._file, self.room = file, room or Sums()
         self._lock = threading.Lock()
         self._chunks = [_Chunk(start, min(start + CHUNK, file.nbytes)) for start in range(0, file.nbytes, CHUNK)]
         self._left, self._first = len(self._chunks), 0  # chunks without a digest, and before which all have been taken
@@ -276,18 +276,14 @@ class DigestBehind:
                 if chunk.sums is not None:
                     chunk.busy += 1
                     mine.append((chunk, begin, end))
-        return Claim(self._file, start, stop, mine)
+        return Claim(self._file, stop, mine)
 
     def claims(self, extents: Sequence[tuple[int, int]]) -> list[Claim]:
         """Return what the readers of several ranges have to add up, in this order: one claim for all that follow each other."""
-        found: list[Claim] = []
-        for number, (start, _) in enumerate(extents):
-            if found and extents[number - 1][1] == start:
-                continue
-            end = number + 1
-            while end < len(extents) and extents[end][0] == extents[end - 1][1]:
-                end += 1
-            found += [self.claim(start, extents[end - 1][1])] * (end - number)
+        runs, found, behind = iter(joined(extents)), list[Claim](), -1
+        for start, stop in extents:
+            found.append(found[-1] if start == behind else self.claim(*next(runs)))
+            behind = stop
         return found
 
     def give_back(self, claims: Iterable[Claim]) -> None:

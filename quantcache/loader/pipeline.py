@@ -33,7 +33,7 @@ from quantcache.trace import Profile, working_for
 
 __all__ = ["Cancelled", "Pipeline", "Progress", "default_threads"]
 
-#: Memory of a worker is about 8 MB where it merges, and there are what all have made and added up (_ALL_MADE, _ALL_SUMS): at most this many
+#: Memory of a worker is about 8 MB where it merges, and there are what all have made and added up (_ALL_MADE, 48 MB of Sums): at most this many
 #: stay within 256 MiB.
 MAX_THREADS = 16
 #: Bytes that the disk is ahead of the workers, and of one request: docs/decisions/0009-pipeline.md.
@@ -42,8 +42,6 @@ _AHEAD_STEP = 4 << 20
 #: What a thread takes at a time at most, in bytes of the source and in tiles: what Python does between calls it does once for all
 #: of them. And the bytes that may come out of what all threads take, and are in memory until they are written.
 _TOGETHER, _TILES_TOGETHER, _ALL_MADE = 16 << 20, 64, 64 << 20
-#: And the bytes of sums of the sources' blocks, a sixteenth of what was read of chunks that others are still at.
-_ALL_SUMS = 48 << 20
 #: Bytes of small tensors that a thread quantizes beside what it has quantized elsewhere.
 _ASIDE = 1 << 20
 #: How long a cancelled load waits for its threads: Ctrl-C is to be answered within a second.
@@ -135,7 +133,7 @@ class Pipeline:
             count = min(count, quantizer.threads)
         spare = count + (0 if elsewhere else min(count, 4))  # steps elsewhere are large
         self._made = _ALL_MADE // spare
-        self._sums = Sums(_ALL_SUMS)
+        self._sums = Sums()
         for build in builds:
             if build.behind is not None:
                 build.behind.room = self._sums

@@ -429,12 +429,11 @@ def encode_elsewhere(
         return
     calls = Calls()
     reading = _reading(source, tiles, calls)
-    for tile in tiles:
-        if tile.claim is not None:
-            adding = _Encoding(tile, calls, _Digests(()), None)
-            adding.add_sums(tile.claim, source.extent(tile.job.info, tile.start, tile.stop)[1])
-            reading.append(adding)
+    claims = dict.fromkeys(tile.claim for tile in tiles if tile.claim is not None)
+    added = [claim.add_to(calls, claim.stop) for claim in claims]
     _make(calls, reading)
+    for claim, blocks in zip(claims, added, strict=True):
+        claim.added += blocks
     together: list[list[Tile]] = []
     left: list[Tile] = []
     for tile in tiles:

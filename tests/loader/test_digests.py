@@ -52,14 +52,14 @@ def tiles(file: MappedFile, shuffler: random.Random) -> list[tuple[int, int]]:
 def feed(behind: DigestBehind, *ranges: tuple[int, int]) -> None:
     """Claim ranges and add them up, in pieces of odd lengths."""
     claims = [behind.claim(*one) for one in ranges]
-    for claim in claims:
-        read(claim, random.Random())
+    for claim, (start, _) in zip(claims, ranges, strict=True):
+        read(claim, start, random.Random())
     behind.give_back(claims)
 
 
-def read(claim: Claim, rng: random.Random) -> None:
+def read(claim: Claim, start: int, rng: random.Random) -> None:
     """Add a claim's blocks up as a reader does: some by a call of its own, some by the claim's."""
-    calls, position = Calls(), claim.start
+    calls, position = Calls(), start
     while position < claim.stop:
         position = min(claim.stop, position + rng.choice([1, 500, 1024, 5000, 100_000, 2 * CHUNK]))
         spot = claim.spot(position, rng.randrange(3)) if rng.random() < 0.5 else None
@@ -131,8 +131,8 @@ def test_chunks_that_are_read_are_ripe(file: MappedFile) -> None:
     behind = DigestBehind(file, [(5000, CHUNK + 5000), (CHUNK + 5000, 2 * CHUNK)], room)
     assert not finish_ripe(behind)
     first, second = behind.claim(5000, CHUNK - 100), behind.claim(CHUNK - 100, CHUNK + 5000)
-    for claim in (first, second):
-        read(claim, random.Random())
+    for claim, start in ((first, 5000), (second, CHUNK - 100)):
+        read(claim, start, random.Random())
     behind.give_back([second])
     assert not finish_ripe(behind)
     assert room.take() is None
@@ -229,8 +229,8 @@ def test_what_was_not_added_up(file: MappedFile) -> None:
     """A reader that a kernel refuses adds nothing up: its blocks are read at the end. While one is busy nothing is finished."""
     behind = DigestBehind(file, [(0, file.nbytes)])
     refused, other = behind.claim(0, CHUNK), behind.claim(CHUNK, file.nbytes)
-    read(other, random.Random())
-    read(refused, random.Random())
+    read(other, CHUNK, random.Random())
+    read(refused, 0, random.Random())
     sums = behind._chunks[0].sums
     assert sums is not None
     sums[:] = 0
