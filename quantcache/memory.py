@@ -51,9 +51,16 @@ def _mincore() -> Any:
 
 
 def pages(nbytes: int) -> mmap.mmap:
-    """Return memory of its own, zeros, that goes back to the system once nobody has it: what the C library frees it may keep."""
+    """Return memory of its own, zeros, that goes back to the system once nobody has it: what the C library frees it may keep.
+
+    Raises:
+        MemoryError: there is none.
+    """
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}  # else it is shared, and has no large pages
-    found = mmap.mmap(-1, max(1, nbytes), **private)
+    try:
+        found = mmap.mmap(-1, max(1, nbytes), **private)
+    except OSError as error:
+        raise MemoryError(f"{nbytes:,} bytes: {error.strerror}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without
             found.madvise(mmap.MADV_HUGEPAGE)

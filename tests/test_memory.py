@@ -68,3 +68,9 @@ def test_pages_are_a_process_s_own() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert found[0] == 0
+
+
+def test_pages_that_there_are_not() -> None:
+    """What the system does not have is told as memory that is missing always is."""
+    with pytest.raises(MemoryError, match="bytes"):
+        memory.pages(1 << 60)
