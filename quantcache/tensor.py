@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,11 @@ def element_name(dtype: DTypeLike) -> str:
     Raises:
         UsageError: checkpoints have no such element type.
     """
-    wanted = np.dtype(dtype)
+    return _name_of(np.dtype(dtype))
+
+
+@cache
+def _name_of(wanted: np.dtype[Any]) -> str:
     for name, code in _NUMPY.items():
         if np.dtype(code) == wanted:
             return name

@@ -75,11 +75,13 @@ class Outlines:
         parts: as they are handed out, and what only a GPU needs: see Codec.for_shader.
         rows: the length of the first axis, 1 of a vector.
         kept: what the load's quantizer kept of it, None if it did not quantize all of it.
+        plan: what builds it, and where it goes; None if nothing does.
     """
 
     parts: list[PartSize]
     rows: int
     kept: Any
+    plan: tuple[Any, Any] | None = None
 
 
 class Model(Mapping[str, Tensor]):
@@ -230,14 +232,19 @@ class Model(Mapping[str, Tensor]):
 
         return upload(self, device, lazy=lazy, budget=budget, reuse=reuse, order=order, threads=threads)
 
-    def outlines(self, name: str) -> Outlines:
-        """Return what is known of a tensor without touching it, once it is quantized; waits for that."""
+    def outlines(self, name: str, *, wait: bool = True) -> Outlines:
+        """Return what is known of a tensor without touching it.
+
+        Args:
+            name: of the tensor.
+            wait: until it is quantized; else all is as planned, and `holds` says later whether it came so.
+        """
         shard = self._home[name]
         if name in shard.native:
             info = shard.native[name]
             part = PartSize("blocks" if info.is_block else "values", "U8" if info.is_block else info.dtype, info.nbytes, info.offset)
             return Outlines([part], _rows(info.view_shape), None)
-        record, slots, offsets, job = shard.described(name)
+        record, slots, offsets, plan = shard.described(name, wait=wait)
         parts = [
             PartSize(part, slots[key].dtype, slots[key].nbytes, offsets.get(key, 0), slots[key].chunk)
             for part, key in record["parts"].items()
@@ -245,8 +252,18 @@ class Model(Mapping[str, Tensor]):
         behind = max((part.position for part in parts), default=0)
         more = codec(record["codec"]).shader_parts if record["codec"] in codec_ids() else {}
         parts += [PartSize(part, dtype, nbytes, behind) for part, (dtype, nbytes) in more.items()]
-        kept = job.kept if job is not None and not self._closed else None
-        return Outlines(parts, _rows(_view_shape(record)), kept if kept and job is not None and kept.done == job.size else None)
+        kept = plan[0].kept if plan is not None and not self._closed else None
+        there = kept and plan is not None and (not wait or kept.done == plan[0].size)
+        return Outlines(parts, _rows(_view_shape(record)), kept if there else None, plan)
+
+    def holds(self, name: str, planned: Outlines) -> bool:
+        """Return whether what `outlines` said of a tensor before it was quantized is true now that it is."""
+        task = self._home[name].task(name)
+        if task is None or planned.plan is None:
+            return task is None and planned.plan is None
+        (job, target), kept = planned.plan, planned.kept
+        whole = kept is None or (kept is job.kept and kept.done == job.size)
+        return task.job is job and task.target is target and whole and not self._closed
 
     def kept(self) -> dict[str, Any]:
         """Return what the load's quantizer keeps of tensors, by name, as it was planned."""
@@ -261,9 +278,14 @@ class Model(Mapping[str, Tensor]):
         for pipeline in self._pipelines:
             pipeline.wait_for_all()
 
-    def outline(self, name: str) -> Tensor:
-        """Return a tensor that the load's quantizer kept as it would be handed out: of the bytes of what is kept nothing is said."""
-        return _tensor(*self._home[name].built(name, bring=False))
+    def outline(self, name: str, *, wait: bool = True) -> Tensor:
+        """Return a tensor that the load's quantizer keeps as it would be handed out: of the bytes of what is kept nothing is said.
+
+        Args:
+            name: of the tensor.
+            wait: until it is quantized; else no byte of it means anything before that.
+        """
+        return _tensor(*self._home[name].built(name, bring=False, wait=wait))
 
     def unchecked(self, name: str) -> tuple[Tensor, dict[str, Check]]:
         """Return a tensor for somebody who reads all of it, and by part the checks that are left to them.

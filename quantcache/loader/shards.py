@@ -22,7 +22,7 @@ from quantcache.cache.locks import Lock
 from quantcache.cache.store import Cache
 from quantcache.errors import CacheError, SourceError, StoreReadOnlyError
 from quantcache.loader.ahead import Check, Pool, Stored, read_ahead
-from quantcache.loader.build import Build, Memory
+from quantcache.loader.build import Build, Memory, Task
 from quantcache.loader.digests import known_digest, source_digest
 from quantcache.loader.pipeline import Pipeline, Progress, default_threads
 from quantcache.loader.plan import Job, Request, native_names, plan
@@ -153,24 +153,37 @@ class Shard:
         assert self.stored is not None
         return self.options.verify != "off" or self.stored.fault_in(self.records[name]["parts"].values())
 
-    def built(self, name: str, *, bring: bool = True) -> tuple[dict[str, Any], dict[str, Array]]:
+    def task(self, name: str) -> Task | None:
+        """Return what builds a tensor; None if nothing does."""
+        build = self.build if self.stored is None else None
+        return build.tasks.get(name) if build is not None else None
+
+    def built(self, name: str, *, bring: bool = True, wait: bool = True) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return the same of the build that is under way, as soon as it is quantized.
 
         Args:
             name: of the tensor.
             bring: whether the bytes are wanted, and not only what they are the bytes of: those that are on a device hold anything then.
+            wait: until it is quantized; else it is as planned, and all bytes hold anything yet.
 
         Raises:
             SourceError, Cancelled: it cannot be.
         """
         assert self.build is not None and self.pipeline is not None
-        task = self.pipeline.wait_for(self.build, name)
+        task = self.pipeline.wait_for(self.build, name) if wait else self.build.tasks[name]
         if bring and task.away:
             self.build.bring(task)
-        return task.job.record(), {slot.key: _array(slot, task.target) for slot in task.job.slots}
+        job, target = task.job, task.target
+        return job.record(), {slot.key: _array(slot, target) for slot in job.slots}
 
-    def described(self, name: str) -> tuple[dict[str, Any], Mapping[str, Slot], Mapping[str, int], Job | None]:
-        """Return a tensor's record, its slots by key, where they stand, and its job if it is built now; waits until it is quantized.
+    def described(
+        self, name: str, *, wait: bool = True
+    ) -> tuple[dict[str, Any], Mapping[str, Slot], Mapping[str, int], tuple[Job, StagedEntry | Memory] | None]:
+        """Return a tensor's record, its slots by key, where they stand, and if it is built now its job and where it goes.
+
+        Args:
+            name: of the tensor.
+            wait: until it is quantized; else it is as planned.
 
         Raises:
             SourceError, Cancelled: it cannot be.
@@ -181,8 +194,9 @@ class Shard:
             return records[name], stored.entry.header.slots, stored.entry.header.offsets, None
         assert build is not None
         assert pipeline is not None
-        task = pipeline.wait_for(build, name)
-        return task.job.record(), {slot.key: slot for slot in task.job.slots}, task.target.offsets, task.job
+        task = pipeline.wait_for(build, name) if wait else build.tasks[name]
+        job, target = task.job, task.target
+        return job.record(), {slot.key: slot for slot in job.slots}, target.offsets, (job, target)
 
     def replace(self, cache: Cache, why: str, run: Callable[[list[Build]], Pipeline], *, store: bool) -> None:
         """Move the entry that serves it out of the way, and serve it from another that is there by now, or build it again.

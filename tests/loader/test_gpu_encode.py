@@ -22,6 +22,7 @@ import quantcache as qc
 from quantcache.cache.blobs import StagedEntry
 from quantcache.loader.gpu import encode, kept
 from quantcache.loader.gpu import upload as uploading
+from quantcache.loader.gpu.groups import Arriving
 from quantcache.loader.gpu.transfer import Transfer
 from quantcache.loader.mapping import MappedFile
 from quantcache.quant import native, wgsl
@@ -240,6 +241,33 @@ def test_a_store_that_fails_on_the_way(device: Any, tmp_path: Path, quantizers: 
                 assert arrived(device, there[name]) == parts(wanted[name]), name
         for name in wanted:
             assert parts(model[name]) == parts(wanted[name]), name
+
+
+def test_a_store_that_fails_after_all_was_planned(
+    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, pwrite: Any
+) -> None:
+    """What an upload has prepared of tensors that go to the store is not what comes of them, if they end up in memory."""
+    path = tmp_path / "m.safetensors"
+    save_file({f"{n:02d}.weight": rng.standard_normal((256, 1024)).astype(np.float16) for n in range(40)}, path)
+    prepared, real = threading.Event(), Arriving.prepare
+
+    def prepare(self: Any, model: Any) -> None:
+        real(self, model)
+        prepared.set()
+
+    def write(descriptor: int, data: bytes, place: int) -> int:
+        assert prepared.wait(60)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Arriving, "prepare", prepare)
+    with (
+        qc.load(path, "nf4", mode="off") as wanted,
+        pwrite(write),
+        pytest.warns(qc.QuantcacheWarning, match="not saved"),
+        qc.load(path, "nf4", cache=tmp_path / "c", device=device, threads=1) as model,
+        model.upload(device) as there,
+    ):
+        assert {name: arrived(device, there[name]) for name in there} == {name: parts(wanted[name]) for name in wanted}
 
 
 @pytest.mark.parametrize("made", [1, 5])

@@ -70,20 +70,32 @@ class Arriving:
         else:  # of one that is there already, what it holds there may be nowhere else
             tensor, checks = (model.outline(name), {}) if name in self._kept else model.unchecked(name)
         try:
-            arrays = flat_parts(tensor)
+            parts = self._parts(name, tensor, checks)
         except ValueError:  # of what nobody has checked yet nothing could be made
             if again:
                 raise
             return self.parts_of(model, name, again=True)
-        for part, pieces in self.places[name].items():
-            planned = sum(size for _, _, size in pieces)
-            if arrays[part].size != planned:
-                raise DeviceError(f"tensor {name!r}: {part} has {arrays[part].size} bytes, {planned} were planned")
         with self.lock:
             if again:
                 self._found.pop(name, None)
                 self.renewed.add(name)
-            return self._found.setdefault(name, Parts(tensor, arrays, checks))
+            return self._found.setdefault(name, parts)
+
+    def _parts(self, name: str, tensor: QuantTensor | Any, checks: dict[str, Check]) -> Parts:
+        """Return a tensor's parts, if they are as large as they were planned."""
+        arrays = flat_parts(tensor)
+        for part, pieces in self.places[name].items():
+            planned = sum(size for _, _, size in pieces)
+            if arrays[part].size != planned:
+                raise DeviceError(f"tensor {name!r}: {part} has {arrays[part].size} bytes, {planned} were planned")
+        return Parts(tensor, arrays, checks)
+
+    def prepare(self, model: Model) -> None:
+        """Look at tensors that are being quantized on the device: where their small parts will stand here is known before what they hold."""
+        for name in self._kept:
+            tensor = model.outline(name, wait=False)
+            if isinstance(tensor, QuantTensor) and not codec(tensor.codec).shader_parts:  # else something is made of what they hold
+                self._found[name] = self._parts(name, tensor, {})
 
     def let_go(self) -> None:
         """Keep nothing of what was moved: of a matrix that was turned that is a copy; nor of the buffers, which may have to go."""

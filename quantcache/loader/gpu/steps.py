@@ -47,7 +47,8 @@ def units(spans: list[Span]) -> list[list[Span]]:
             if nbytes < span.nbytes - start:
                 cut = math.lcm(span.chunk or _CUT, 8)  # a part goes on at a chunk that has a digest, and where a mapped buffer does
                 nbytes = min(-(-nbytes // cut) * cut, span.nbytes - start)
-            found[-1].append(replace(span, start=span.start + start, nbytes=nbytes, offset=span.offset + start))
+            whole = nbytes == span.nbytes
+            found[-1].append(span if whole else replace(span, start=span.start + start, nbytes=nbytes, offset=span.offset + start))
             start += nbytes
             room -= nbytes
     return found

@@ -45,8 +45,10 @@ class Home:
 
     def share(self, places: Iterable[Binding]) -> None:
         """Take what stands in buffers that somebody else made, too."""
+        known = {id(buffer) for buffer in self.buffers}
         for buffer, _, nbytes in places:
-            if not any(buffer is one for one in self.buffers):
+            if id(buffer) not in known:
+                known.add(id(buffer))
                 self.buffers.append(buffer)
             self.nbytes += nbytes
 

@@ -378,14 +378,19 @@ class GpuModel(Mapping[str, GpuTensor]):
         if names:
             self._model.prefetch(names)
 
-    def _begin(self, group: Group) -> Arriving:
-        """Make a group's buffers, and have the threads fill them; on a miss, once it is quantized."""
-        model, device = self._model, self.device
-        if group.number == self._late:
-            model.wait()  # at once: to be woken for every tensor would cost those that quantize it more
-        found = {name: model.outlines(name) for name in group.names}
-        kept = {name: one.kept.parts for name, one in found.items() if one.kept is not None and one.kept.device.raw is device.raw}
-        described = {name: (one.rows, [part for part in one.parts if part.name not in kept.get(name, ())]) for name, one in found.items()}
+    def _begin(self, group: Group, *, planned: bool = True) -> Arriving:
+        """Make a group's buffers, and have the threads fill them; on a miss, once it is quantized.
+
+        Args:
+            group: which.
+            planned: what comes once all is quantized is prepared meanwhile, as it is planned.
+        """
+        model, device, late = self._model, self.device, planned and group.number == self._late
+        found = {name: model.outlines(name, wait=not late) for name in group.names}
+        kept = {name: one.kept for name, one in found.items() if one.kept is not None and one.kept.device.raw is device.raw}
+        described = {
+            name: (one.rows, [part for part in one.parts if name not in kept or part.name not in kept[name].places]) for name, one in found.items()
+        }
         mapped: list[Any] = []
         made: list[Any] = []
 
@@ -400,10 +405,21 @@ class GpuModel(Mapping[str, GpuTensor]):
             return mapped[-1]
 
         home, places, spans = place(described, device, new, self._shared)
-        for name, there in kept.items():  # quantized there: only the rest is to be brought
-            places[name] = {part.name: (there[part.name],) if part.name in there else places[name][part.name] for part in found[name].parts}
-            home.share(there.values())
         arriving = Arriving(group, home, places, spans, mapped, kept.keys())
+        if late:
+            try:
+                arriving.prepare(model)
+                model.wait()  # for all at once: to be woken for every tensor would cost those that quantize it more
+            except BaseException:
+                self._stop([arriving])
+                raise
+            if not all(model.holds(name, one) for name, one in found.items()):  # some of it was left to the CPU, or is stored elsewhere
+                self._stop([arriving])
+                return self._begin(group, planned=False)
+        bound = {name: one.parts for name, one in kept.items()}
+        for name, there in bound.items():  # quantized there: only the rest is to be brought
+            places[name] = {part.name: (there[part.name],) if part.name in there else places[name][part.name] for part in found[name].parts}
+        home.share(binding for there in bound.values() for binding in there.values())
         if arriving.units:  # the threads that move may still be at the layer before, or wait for a buffer
             self._check_ahead(arriving, 0)
         arriving.steps = [self._pool.submit(self._step, arriving, number) for number in range(len(arriving.units))]
