@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,30 @@ from quantcache.quant import native
 from quantcache.quant.native import Calls
 from quantcache.trace import span
 
-__all__ = ["MappedFile", "add_populate", "fresh"]
+__all__ = ["MappedFile", "add_populate", "fresh", "whole_pages"]
 
 
 def add_populate(calls: Calls, address: int, nbytes: int) -> None:
     """Have mapped pages faulted in by a call of the phase "read", which fails if they cannot be read. Not at the reference level."""
     start = address // PAGE * PAGE
     calls.add(native.system("populate"), start, address + nbytes - start, phase="read", nbytes=nbytes)
+
+
+def whole_pages(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the pages that bytes are on, in order, with those that touch as one.
+
+    Args:
+        ranges: address of the first byte, and how many there are.
+
+    Returns:
+        The same of pages.
+    """
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted((address // PAGE * PAGE, -(-(address + nbytes) // PAGE) * PAGE) for address, nbytes in ranges):
+        if found and start <= sum(found[-1]):
+            start, stop = found[-1][0], max(stop, sum(found.pop()))
+        found.append((start, stop - start))
+    return found
 
 
 def fresh(nbytes: int) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -18,7 +19,7 @@ from safetensors import numpy as library
 from quantcache import memory
 from quantcache.cache.key import fingerprint
 from quantcache.errors import SourceError, SourceNotFoundError
-from quantcache.loader.mapping import MappedFile
+from quantcache.loader.mapping import MappedFile, whole_pages
 from quantcache.loader.source import Source, open_checkpoint
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -269,3 +270,16 @@ def test_a_cold_file_is_not_read_for_its_header(tmp_path: Path) -> None:
         time.sleep(0.01)
         assert mincore(before.address, before.nbytes, state) == 0
     assert sum(state.raw) * mmap.PAGESIZE < 10 << 20
+
+
+def test_whole_pages() -> None:
+    """Every page that a byte is on, each once, and those that touch as one range."""
+    page = mmap.PAGESIZE
+    assert whole_pages([]) == []
+    assert whole_pages([(3 * page + 1, 1), (page - 1, 2), (3 * page + 7, 9), (9 * page, page)]) == [(0, 2 * page), (3 * page, page), (9 * page, page)]
+    rng = np.random.default_rng(int.from_bytes(os.urandom(8), "little"))
+    ranges = [(int(start), int(nbytes)) for start, nbytes in zip(rng.integers(0, 100 * page, 40), rng.integers(1, 3 * page, 40), strict=True)]
+    wanted = {number for start, nbytes in ranges for number in range(start // page, (start + nbytes - 1) // page + 1)}
+    found = whole_pages(ranges)
+    assert [number for start, nbytes in found for number in range(start // page, (start + nbytes) // page)] == sorted(wanted)
+    assert all(start + nbytes < following for (start, nbytes), (following, _) in itertools.pairwise(found))

@@ -19,7 +19,7 @@ from quantcache.tensor import QuantTensor, element_name
 if TYPE_CHECKING:
     from quantcache.loader.model import Model
 
-__all__ = ["Arriving", "Group", "bundled", "kind"]
+__all__ = ["Arriving", "Group", "bundled"]
 
 #: Bytes of the buffers that a whole model comes in.
 _BUNDLE = 1 << 30
@@ -88,7 +88,7 @@ class Arriving:
             planned = sum(size for _, _, size in pieces)
             if arrays[part].size != planned:
                 raise DeviceError(f"tensor {name!r}: {part} has {arrays[part].size} bytes, {planned} were planned")
-        return Parts(tensor, arrays, checks)
+        return Parts(_kind(tensor), arrays, checks)
 
     def prepare(self, model: Model) -> None:
         """Look at tensors that are being quantized on the device: where their small parts will stand here is known before what they hold."""
@@ -120,7 +120,7 @@ def bundled(groups: list[list[str]], sizes: Mapping[str, int]) -> list[list[str]
     return found
 
 
-def kind(tensor: QuantTensor | Any) -> tuple[str, tuple[int, ...], dict[str, str]]:
+def _kind(tensor: QuantTensor | Any) -> tuple[str, tuple[int, ...], dict[str, str]]:
     """Return codec, shape and element types of a tensor as a GPU has it."""
     if isinstance(tensor, QuantTensor):
         more = {name: dtype for name, (dtype, _) in codec(tensor.codec).shader_parts.items()} if tensor.codec in codec_ids() else {}

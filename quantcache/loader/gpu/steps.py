@@ -11,7 +11,6 @@ import numpy as np
 
 from quantcache.loader.ahead import Check
 from quantcache.loader.gpu.tensors import Span
-from quantcache.tensor import QuantTensor
 
 __all__ = ["Parts", "runs", "units"]
 
@@ -26,9 +25,9 @@ _SMALLS = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Hold what is moved of a tensor: its parts as flat bytes, and by part what is left to check."""
+    """Hold what is moved of a tensor: what it is on a GPU, its parts as flat bytes, and by part what is left to check."""
 
-    tensor: QuantTensor | Any
+    kind: tuple[str, tuple[int, ...], dict[str, str]]
     arrays: dict[str, Any]
     checks: dict[str, Check]
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from quantcache.errors import DeviceError, DeviceOutOfMemory, UsageError
 from quantcache.loader.gpu.device import Device
-from quantcache.loader.gpu.groups import Arriving, Group, bundled, kind
+from quantcache.loader.gpu.groups import Arriving, Group, bundled
 from quantcache.loader.gpu.steps import Parts, runs
 from quantcache.loader.gpu.tensors import GpuTensor, Home, Span, padded_nbytes, place
-from quantcache.loader.mapping import add_populate
+from quantcache.loader.mapping import add_populate, whole_pages
 from quantcache.memory import populate
 from quantcache.quant import native
 from quantcache.quant.native import Calls
@@ -444,11 +444,11 @@ class GpuModel(Mapping[str, GpuTensor]):
             found = {name: arriving.parts_of(self._model, name) for name in names}
             calls, taking, readable = Calls(), list[Callable[[], None]](), True
             compiled = native.compiled()
-            for _, _, data in runs(unit, found, gather=False):
+            for address, nbytes in whole_pages((native.address(data), data.size) for _, _, data in runs(unit, found, gather=False)):
                 if compiled:
-                    add_populate(calls, native.address(data), data.size)
+                    add_populate(calls, address, nbytes)
                 else:
-                    readable = readable and not populate(native.address(data), data.size)
+                    readable = readable and not populate(address, nbytes)
             for span in unit:
                 if (check := found[span.name].checks.get(span.part)) is not None:
                     taking.append(check.add_to(calls, span.start, found[span.name].arrays[span.part][span.start : span.start + span.nbytes]))
@@ -491,7 +491,7 @@ class GpuModel(Mapping[str, GpuTensor]):
                     for buffer, offset, size in pieces:
                         self._put(arriving, buffer, offset, parts.arrays[part][start : start + size])
                         start += size
-            tensors[name] = GpuTensor(*kind(parts.tensor), self.device, home, arriving.places[name])
+            tensors[name] = GpuTensor(*parts.kind, self.device, home, arriving.places[name])
         for buffer in arriving.mapped:
             self.device.unmap(buffer)
         arriving.mapped.clear()
