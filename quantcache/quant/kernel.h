@@ -162,11 +162,12 @@ QC_INLINE int qc_any_nonfinite(const void *src, size_t start, size_t n, int elem
 }
 
 /* ---- vector layer: AVX2 (8 lanes) and AVX-512 (16 lanes) ------------------------------------
- * Only what the kernels need. qm is a lane mask; qi_add_if adds 1 where it is set. */
+ * Only what the kernels need. qm is a lane mask; qi_add_if adds 1 where it is set. qh has as many elements of two bytes. */
 #if defined(QC_AVX512)
 #define QC_LANES 16
 typedef __m512 qf;
 typedef __m512i qi;
+typedef __m256i qh;
 typedef __mmask16 qm;
 QC_INLINE qf qf_load(const float *p) { return _mm512_loadu_ps(p); }
 QC_INLINE void qf_store(float *p, qf a) { _mm512_storeu_ps(p, a); }
@@ -192,21 +193,22 @@ QC_INLINE float qf_hmax(qf a) { return _mm512_reduce_max_ps(a); }
 QC_INLINE uint32_t qi_hmax(qi a) { return (uint32_t)_mm512_reduce_max_epi32(a); }
 QC_INLINE qf qf_from_halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 QC_INLINE qf qf_round_f16(qf a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
-QC_INLINE void qf_store_halves(uint16_t *p, qf a) {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-}
+QC_INLINE qh qf_to_halves(qf a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
 QC_INLINE qf qf_from_bf16(const uint16_t *p) {
     const __m256i raw = _mm256_loadu_si256((const __m256i *)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
-QC_INLINE void qf_store_bf16(uint16_t *p, qf a) {
+QC_INLINE qh qf_to_bf16(qf a) {
     const __m512i bits = _mm512_castps_si512(a), high = _mm512_srli_epi32(bits, 16);
     const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
     const __m512i words = _mm512_mask_or_epi32(_mm512_srli_epi32(rounded, 16), nan, high, _mm512_set1_epi32(0x40));
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(words));
+    return _mm512_cvtepi32_epi16(words);
 }
+QC_INLINE void qh_store(uint16_t *p, qh a) { _mm256_storeu_si256((__m256i *)p, a); }
+QC_INLINE void qh_stream(uint16_t *p, qh a) { _mm256_stream_si256((__m256i *)p, a); }
+QC_INLINE void qf_stream(float *p, qf a) { _mm512_stream_ps(p, a); }
 QC_INLINE qf qf_from_u8(const uint8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
@@ -233,6 +235,7 @@ QC_INLINE void qi_store_s8(int8_t *p, const qi v[4]) {
 #define QC_LANES 8
 typedef __m256 qf;
 typedef __m256i qi;
+typedef __m128i qh;
 typedef __m256i qm;
 QC_INLINE qf qf_load(const float *p) { return _mm256_loadu_ps(p); }
 QC_INLINE void qf_store(float *p, qf a) { _mm256_storeu_ps(p, a); }
@@ -271,14 +274,12 @@ QC_INLINE uint32_t qi_hmax(qi a) {
 }
 QC_INLINE qf qf_from_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 QC_INLINE qf qf_round_f16(qf a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
-QC_INLINE void qf_store_halves(uint16_t *p, qf a) {
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-}
+QC_INLINE qh qf_to_halves(qf a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
 QC_INLINE qf qf_from_bf16(const uint16_t *p) {
     const __m128i raw = _mm_loadu_si128((const __m128i *)p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
 }
-QC_INLINE void qf_store_bf16(uint16_t *p, qf a) {
+QC_INLINE qh qf_to_bf16(qf a) {
     const __m256i bits = _mm256_castps_si256(a), high = _mm256_srli_epi32(bits, 16);
     const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
@@ -286,8 +287,11 @@ QC_INLINE void qf_store_bf16(uint16_t *p, qf a) {
     const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
     const __m256i words = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), quiet, nan);
     const __m128i low = _mm256_castsi256_si128(words);
-    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(low, _mm256_extracti128_si256(words, 1)));
+    return _mm_packus_epi32(low, _mm256_extracti128_si256(words, 1));
 }
+QC_INLINE void qh_store(uint16_t *p, qh a) { _mm_storeu_si128((__m128i *)p, a); }
+QC_INLINE void qh_stream(uint16_t *p, qh a) { _mm_stream_si128((__m128i *)p, a); }
+QC_INLINE void qf_stream(float *p, qf a) { _mm256_stream_ps(p, a); }
 QC_INLINE qf qf_from_u8(const uint8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
@@ -389,11 +393,33 @@ QC_INLINE qf qf_element(const void *src, size_t i, int element) {
 QC_INLINE void qf_store_element(void *dst, size_t i, qf value, int element) {
     if (element == QC_F32)
         qf_store((float *)dst + i, value);
-    else if (element == QC_F16)
-        qf_store_halves((uint16_t *)dst + i, value);
     else
-        qf_store_bf16((uint16_t *)dst + i, value);
+        qh_store((uint16_t *)dst + i, element == QC_F16 ? qf_to_halves(value) : qf_to_bf16(value));
 }
+
+/* The same past the caches: i is a multiple of QC_LANES, and dst begins with a cache line. */
+QC_INLINE void qf_stream_element(void *dst, size_t i, qf value, int element) {
+    if (element == QC_F32)
+        qf_stream((float *)dst + i, value);
+    else
+        qh_stream((uint16_t *)dst + i, element == QC_F16 ? qf_to_halves(value) : qf_to_bf16(value));
+}
+#endif
+
+/* Whether n elements are to be written past the caches: none holds so many, and memory is then not read before it is overwritten. A fresh
+ * page is in a cache, since the system has just filled it with zeros, and would have to leave it line by line. QC_WRITTEN comes last. */
+QC_INLINE int qc_past_caches(const void *out, size_t n, int fresh, int element) {
+#if defined(QC_LANES)
+    return !fresh && n >= (size_t)1 << (element == QC_F32 ? 23 : 24) && ((uintptr_t)out & 63) == 0;
+#else
+    (void)out, (void)n, (void)fresh, (void)element;
+    return 0;
+#endif
+}
+#if defined(QC_LANES)
+#define QC_WRITTEN(past) do { if (past) _mm_sfence(); } while (0)
+#else
+#define QC_WRITTEN(past) ((void)(past))
 #endif
 
 /* n elements to float32, for the tails and for levels without the vector layer */

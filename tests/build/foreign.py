@@ -129,7 +129,7 @@ def check(runner: Runner, level: str) -> int:
                     wanted_f32 = int8.dequantize(codes, scales, biases)
                     for out in ELEMENT:
                         dtype = "f4" if out == "F32" else "u2"
-                        _, (decoded,) = runner.call(f"qc_int8_dequantize__{level}", codes, scales, biases, n, f16_scales, ("out", dtype, n), ELEMENT[out])
+                        _, (decoded,) = runner.call(f"qc_int8_dequantize__{level}", codes, scales, biases, n, f16_scales, ("out", dtype, n), ELEMENT[out], 0)
                         same(f"int8 decoding {name} {out}", decoded, from_f32(wanted_f32, out))
             rows, columns = 5, 333
             n = rows * columns
@@ -142,7 +142,7 @@ def check(runner: Runner, level: str) -> int:
                 wanted_f32 = int8_row.dequantize(codes.reshape(rows, columns), scales)
                 for out in ELEMENT:
                     dtype = "f4" if out == "F32" else "u2"
-                    _, (decoded,) = runner.call(f"qc_int8_row_dequantize__{level}", codes, scales, rows, columns, ("out", dtype, n), ELEMENT[out])
+                    _, (decoded,) = runner.call(f"qc_int8_row_dequantize__{level}", codes, scales, rows, columns, ("out", dtype, n), ELEMENT[out], 0)
                     same(f"int8-row decoding {name} {out}", decoded, from_f32(wanted_f32, out))
             if element != "F16":
                 for n in (source.size, source.size - 3, 1):

@@ -433,6 +433,30 @@ def test_kernel_writes_inside_its_arrays(kernel: str, level: str, dtype: np.dtyp
         assert found[0] == found[1], n
 
 
+@pytest.mark.parametrize(("codec_id", "width"), [("nf4", 1 << 14), ("int8", 1 << 14), ("int8-row", 1 << 14), ("int8-row", (1 << 14) + 8), ("int8-row", (1 << 14) + 3)])
+@pytest.mark.parametrize(("offset", "fresh"), [(0, False), (0, True), (16, False)], ids=["aligned", "fresh", "not aligned"])
+@at_levels
+def test_what_no_cache_holds(codec_id: str, width: int, offset: int, fresh: bool, level: str, kernel_level: Switch) -> None:
+    """A large output, which is written past the caches if it is aligned and was touched before, is what smaller ones are."""
+    kernel_level(level)
+    rng, few, times = np.random.default_rng(), 41, 25
+    parts = quantize(codec_id, rng.standard_normal((few, width)).astype(np.float32))[1]
+    whole = {name: np.tile(part.reshape(few, -1), (times, 1)) for name, part in parts.items() if part.size % few == 0}
+    for dtype in OUT:
+        kind = array_dtype(dtype)
+        nbytes = few * times * width * kind.itemsize
+        raw = np.full(nbytes + 256, 0xA5, np.uint8)
+        start = 64 - native.address(raw) % 64 + offset
+        found = raw[start : start + nbytes].view(kind).reshape(few * times, width)
+        codec(codec_id).dequantize_into(parts | whole, found, dtype, fresh=fresh)
+        assert (raw[:start] == 0xA5).all()
+        assert (raw[start + nbytes :] == 0xA5).all()
+        for row in (0, 1, few - 1):
+            one = np.empty((1, width), kind)
+            codec(codec_id).dequantize_into(parts | {name: part[row] for name, part in whole.items()}, one, dtype)
+            assert all(again.tobytes() == one.tobytes() for again in found[row::few]), (dtype, row)
+
+
 @at_levels
 def test_wrong_call_is_refused(level: str) -> None:
     """A kernel refuses an element type that it does not know, and a length that is not whole groups."""

@@ -195,22 +195,3 @@ def test_keys(codec_id: str) -> None:
 def test_refused_shapes(codec_id: str, shape: tuple[int, ...]) -> None:
     """Only matrices with whole blocks in the last axis are taken."""
     assert codec(codec_id).refuses(shape)
-
-
-@pytest.mark.parametrize("level", [name for name in native.available() if name != "reference"])
-@pytest.mark.parametrize(("offset", "fresh"), [(0, 0), (0, 1), (16, 0)], ids=["aligned", "fresh", "not aligned"])
-def test_what_no_cache_holds(level: str, offset: int, fresh: int) -> None:
-    """A large output, which is written past the caches if it is aligned and was touched before, is what smaller ones are."""
-    rows, width = 1025, 1 << 14
-    rng = np.random.default_rng()
-    codes = rng.integers(0, 256, rows * width // 2, np.uint8)
-    absmax = rng.standard_normal(rows * width // 64).astype(np.float32)
-    raw = np.empty(rows * width * 2 + 128, np.uint8)
-    start = -raw.__array_interface__["data"][0] % 64 + offset
-    out = raw[start : start + rows * width * 2].view(np.uint16)
-    decode = native.kernel("nf4_dequantize", level)
-    decode(codes, absmax, out.size, TABLE, out, native.ELEMENT["F16"], fresh)
-    part = np.empty(width, np.uint16)
-    for row in (0, 1, 500, rows - 1):
-        decode(codes[row * width // 2 :], absmax[row * width // 64 :], width, TABLE, part, native.ELEMENT["F16"], 0)
-        assert (out[row * width : (row + 1) * width] == part).all()

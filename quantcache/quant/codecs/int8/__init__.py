@@ -98,4 +98,4 @@ class Int8(Codec):
             out[...] = decoded.view(out.dtype).reshape(out.shape)
         else:
             scales_f16 = int(scales.dtype == np.float16)
-            native.kernel("int8_dequantize")(codes, scales, biases, out.size, scales_f16, out, native.ELEMENT[dtype])
+            native.kernel("int8_dequantize")(codes, scales, biases, out.size, scales_f16, out, native.ELEMENT[dtype], int(fresh))

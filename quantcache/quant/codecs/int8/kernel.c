@@ -200,27 +200,35 @@ QC_EXPORT(qc_int8_quantize)(const void *x, size_t n, int64_t element, int64_t sc
     return status;
 }
 
-QC_INLINE int dequantize(const uint8_t *codes, const void *scales, const void *biases, size_t n, int scales_f16, void *out, int element) {
+QC_INLINE int dequantize(const uint8_t *codes, const void *scales, const void *biases, size_t n, int scales_f16, void *out, int fresh,
+                         int element) {
     if (n % GROUP) return QC_BAD_CALL;
+    const int past = qc_past_caches(out, n, fresh, element);
     for (size_t g = 0; g < n / GROUP; g++) {
         const float scale = qc_element(scales, g, scales_f16 ? QC_F16 : QC_F32);
         const float bias = qc_element(biases, g, scales_f16 ? QC_F16 : QC_F32);
 #if defined(QC_LANES)
-        for (size_t i = 0; i < GROUP; i += QC_LANES)
-            qf_store_element(out, g * GROUP + i,
-                             qf_add(qf_mul(qf_from_u8(codes + g * GROUP + i), qf_set(scale)), qf_set(bias)), element);
+        for (size_t i = g * GROUP; i < (g + 1) * GROUP; i += QC_LANES) {
+            const qf value = qf_add(qf_mul(qf_from_u8(codes + i), qf_set(scale)), qf_set(bias));
+            if (past)
+                qf_stream_element(out, i, value, element);
+            else
+                qf_store_element(out, i, value, element);
+        }
 #else
         for (size_t i = g * GROUP; i < (g + 1) * GROUP; i++)
             qc_store_element(out, i, (float)codes[i] * scale + bias, element);
 #endif
     }
+    QC_WRITTEN(past);
     return QC_OK;
 }
 
-/* out: element[n] = f32(f32(code * scale) + bias), rounded to the element type */
-QC_EXPORT(qc_int8_dequantize)(const uint8_t *codes, const void *scales, const void *biases, size_t n, int64_t scales_f16, void *out, int64_t element) {
+/* out: element[n] = f32(f32(code * scale) + bias), rounded to the element type; fresh: 1 if nobody has touched it yet */
+QC_EXPORT(qc_int8_dequantize)(const uint8_t *codes, const void *scales, const void *biases, size_t n, int64_t scales_f16, void *out,
+                              int64_t element, int64_t fresh) {
     QC_FP_ENTER;
-    const int status = QC_FOR_ELEMENT(element, dequantize, codes, scales, biases, n, (int)scales_f16, out);
+    const int status = QC_FOR_ELEMENT(element, dequantize, codes, scales, biases, n, (int)scales_f16, out, fresh != 0);
     QC_FP_LEAVE;
     return status;
 }

@@ -96,4 +96,4 @@ class Int8Row(Codec):
         if native.level() == "reference":
             out[...] = from_f32(reference.dequantize(codes, scales), dtype).view(out.dtype)
         else:
-            native.kernel("int8_row_dequantize")(codes, scales, *out.shape, out, native.ELEMENT[dtype])
+            native.kernel("int8_row_dequantize")(codes, scales, *out.shape, out, native.ELEMENT[dtype], int(fresh))

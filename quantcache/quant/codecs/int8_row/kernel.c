@@ -71,25 +71,38 @@ QC_EXPORT(qc_int8_row_quantize)(const void *x, size_t rows, size_t columns, int6
 }
 
 /* f32(f32(code * scale) / 127): a true division, as the norm has it */
-QC_INLINE int dequantize(const int8_t *codes, const float *scales, size_t rows, size_t columns, void *out, int element) {
+QC_INLINE int dequantize(const int8_t *codes, const float *scales, size_t rows, size_t columns, void *out, int fresh, int element) {
+#if defined(QC_LANES)
+    const int past = columns % QC_LANES == 0 && qc_past_caches(out, rows * columns, fresh, element);
+#else
+    const int past = 0;
+    (void)fresh;
+#endif
     for (size_t row = 0; row < rows; row++) {
         const size_t start = row * columns;
         const float scale = scales[row];
         size_t i = 0;
 #if defined(QC_LANES)
-        for (; i + QC_LANES <= columns; i += QC_LANES)
-            qf_store_element(out, start + i, qf_div(qf_mul(qf_from_s8(codes + start + i), qf_set(scale)), qf_set(127.0f)), element);
+        for (; i + QC_LANES <= columns; i += QC_LANES) {
+            const qf value = qf_div(qf_mul(qf_from_s8(codes + start + i), qf_set(scale)), qf_set(127.0f));
+            if (past)
+                qf_stream_element(out, start + i, value, element);
+            else
+                qf_store_element(out, start + i, value, element);
+        }
 #endif
         for (; i < columns; i++)
             qc_store_element(out, start + i, ((float)codes[start + i] * scale) / 127.0f, element);
     }
+    QC_WRITTEN(past);
     return QC_OK;
 }
 
-/* out: element[rows * columns] */
-QC_EXPORT(qc_int8_row_dequantize)(const int8_t *codes, const float *scales, size_t rows, size_t columns, void *out, int64_t element) {
+/* out: element[rows * columns]; fresh: 1 if nobody has touched it yet */
+QC_EXPORT(qc_int8_row_dequantize)(const int8_t *codes, const float *scales, size_t rows, size_t columns, void *out, int64_t element,
+                                  int64_t fresh) {
     QC_FP_ENTER;
-    const int status = QC_FOR_ELEMENT(element, dequantize, codes, scales, rows, columns, out);
+    const int status = QC_FOR_ELEMENT(element, dequantize, codes, scales, rows, columns, out, fresh != 0);
     QC_FP_LEAVE;
     return status;
 }

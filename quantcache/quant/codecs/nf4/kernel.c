@@ -164,13 +164,7 @@ QC_EXPORT(qc_nf4_quantize)(const void *x, size_t n, int64_t element, const float
 /* ---- dequantize ----------------------------------------------------------------------------- */
 
 QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, const float *table, void *out, int fresh, int element) {
-#if defined(QC_AVX512)
-    /* what no cache can hold is written past them: memory is then not read before it is overwritten. A fresh page is in a cache, since
-     * the system has just filled it with zeros, and would have to leave it line by line */
-    const int past_caches = !fresh && n >= ((size_t)1 << 24) && ((uintptr_t)out & 63) == 0;
-#else
-    (void)fresh;
-#endif
+    const int past = qc_past_caches(out, n, fresh, element);
     for (size_t start = 0, block = 0; start < n; start += BLOCK, block++) {
         const size_t length = n - start < BLOCK ? n - start : BLOCK;
         const uint8_t *packed = codes + start / 2;
@@ -185,8 +179,15 @@ QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, co
                 const __m128i b = _mm_loadu_si128((const __m128i *)(packed + i / 2));
                 const __m128i high = _mm_and_si128(_mm_srli_epi16(b, 4), _mm_set1_epi8(15));
                 const __m128i low = _mm_and_si128(b, _mm_set1_epi8(15));
-                qf_store(y + i, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, low)), values));
-                qf_store(y + i + 16, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, low)), values));
+                const qf left = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, low)), values);
+                const qf right = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, low)), values);
+                if (past) {
+                    qf_stream(y + i, left);
+                    qf_stream(y + i + 16, right);
+                } else {
+                    qf_store(y + i, left);
+                    qf_store(y + i + 16, right);
+                }
             }
 #elif defined(QC_AVX2)
             const __m256 first = _mm256_loadu_ps(value), second = _mm256_loadu_ps(value + 8);
@@ -197,8 +198,11 @@ QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, co
                 for (int j = 0; j < 2; j++) {
                     const __m256i c = _mm256_cvtepu8_epi32(j ? _mm_srli_si128(code, 8) : code);
                     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)); /* bit 3 to the sign */
-                    qf_store(y + i + 8 * j, _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, c),
-                                                             _mm256_permutevar8x32_ps(second, c), upper));
+                    const qf found = _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, c), _mm256_permutevar8x32_ps(second, c), upper);
+                    if (past)
+                        qf_stream(y + i + 8 * j, found);
+                    else
+                        qf_store(y + i + 8 * j, found);
                 }
             }
 #endif
@@ -222,7 +226,7 @@ QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, co
                 const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(packed + i / 2)));
                 const __m512i index = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
                 const __m512i halves = _mm512_permutexvar_epi16(index, values);
-                if (past_caches)
+                if (past)
                     _mm512_stream_si512((__m512i *)(y + i), halves);
                 else
                     _mm512_storeu_si512(y + i, halves);
@@ -241,8 +245,14 @@ QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, co
                 const __m256i code = _mm256_set_m128i(_mm_unpackhi_epi8(high, low), _mm_unpacklo_epi8(high, low));
                 const __m256i lows = _mm256_shuffle_epi8(low_bytes, code), highs = _mm256_shuffle_epi8(high_bytes, code);
                 const __m256i left = _mm256_unpacklo_epi8(lows, highs), right = _mm256_unpackhi_epi8(lows, highs);
-                _mm256_storeu_si256((__m256i *)(y + i), _mm256_permute2x128_si256(left, right, 0x20));
-                _mm256_storeu_si256((__m256i *)(y + i + 16), _mm256_permute2x128_si256(left, right, 0x31));
+                const __m256i front = _mm256_permute2x128_si256(left, right, 0x20), back = _mm256_permute2x128_si256(left, right, 0x31);
+                if (past) {
+                    _mm256_stream_si256((__m256i *)(y + i), front);
+                    _mm256_stream_si256((__m256i *)(y + i + 16), back);
+                } else {
+                    _mm256_storeu_si256((__m256i *)(y + i), front);
+                    _mm256_storeu_si256((__m256i *)(y + i + 16), back);
+                }
             }
 #elif defined(QC_NEON)
             const uint8x16x2_t split = vld2q_u8((const uint8_t *)value);
@@ -258,9 +268,7 @@ QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, co
             for (; i < length; i++) y[i] = value[i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
         }
     }
-#if defined(QC_AVX512)
-    if (past_caches) _mm_sfence();
-#endif
+    QC_WRITTEN(past);
     return QC_OK;
 }
 
