@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Row, alternate, arguments, machine, median, table, write_json
+from common import Row, alternate, arguments, machine, median, settle, table, write_json
 
 from quantcache.quant import native
 from quantcache.quant.codec import Scratch, Status, codec, quantize
@@ -75,6 +77,14 @@ def peers(f32: Any, f16: Any) -> dict[str, Row]:
     }
 
 
+def fresh(nbytes: int, call: Callable[[], Any]) -> float:
+    """Return the seconds of a call that writes into as much new memory, of which the machine has as much at hand."""
+    settle(nbytes)
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def main() -> None:
     """Run."""
     options = arguments(__doc__ or "")
@@ -103,8 +113,9 @@ def main() -> None:
         out.fill(1)
         call = lambda c=codec_id, p=parts, o=out: codec(c).dequantize_into(p, o, "F16")  # noqa: E731
         rows.append(Row(f"{codec_id} to f16", call, parts["codes"].nbytes))
-        fresh = lambda c=codec_id, p=parts, s=shape: codec(c).dequantize(p, s, "F16")  # noqa: E731
-        rows.append(Row(f"{codec_id} to f16, fresh output", fresh, parts["codes"].nbytes))
+        anew = lambda c=codec_id, p=parts, s=shape: fresh(out.nbytes, lambda: codec(c).dequantize(p, s, "F16"))  # noqa: E731
+        rows.append(Row(f"{codec_id} to f16, fresh output", anew, parts["codes"].nbytes))
+    rows.append(Row("fresh memory written once, of float16", lambda: fresh(out.nbytes, lambda: np.empty(n, np.float16).fill(1)), out.nbytes))
     beside = peers(f32, f16)
     seconds = alternate(rows + list(beside.values()), options.rounds)
     rate = {row.name: row.nbytes / median(seconds[row.name]) / 1e9 for row in rows + list(beside.values())}
