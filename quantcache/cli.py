@@ -89,20 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `quantcache ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except QuantcacheError as error:
+    except (QuantcacheError, OSError, MemoryError) as error:
         if getattr(options, "verbose", False):
             traceback.print_exc()
+        message, hint, code = str(error), None, 1
+        if isinstance(error, QuantcacheError):
+            hint, code = error.hint, error.exit_code
+        elif isinstance(error, MemoryError):
+            message, hint = f"there is not enough memory: {message or 'the system gives no more'}", "fewer --threads take less"
         if output.as_json:
-            output.document(error={"kind": type(error).__name__, "message": str(error), "hint": error.hint})
-        output.problem("error", str(error), error.hint)
-        return error.exit_code
-    except OSError as error:
-        if getattr(options, "verbose", False):
-            traceback.print_exc()
-        if output.as_json:
-            output.document(error={"kind": type(error).__name__, "message": str(error), "hint": None})
-        output.problem("error", str(error))
-        return 1
+            output.document(error={"kind": type(error).__name__, "message": message, "hint": hint})
+        output.problem("error", message, hint)
+        return code
 
 
 if __name__ == "__main__":

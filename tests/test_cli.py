@@ -627,6 +627,21 @@ def test_interrupt_is_130(run: Run, model: Path, store: Path, monkeypatch: pytes
     assert found.err.startswith("interrupted: ")
 
 
+@pytest.mark.parametrize("words", ["4,096 bytes: Cannot allocate memory", ""])
+def test_too_little_memory_is_1(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    """Memory that the system does not give is a line with what helps, and no traceback."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise MemoryError(*filter(None, [words]))
+
+    monkeypatch.setattr(model_module, "load", refused)
+    found = run("warm", model, "--json")
+    assert found.code == 1
+    assert found.json["error"]["kind"] == "MemoryError"
+    assert found.err.startswith(f"error: there is not enough memory: {words}")
+    assert "--threads" in found.err
+
+
 def test_verbose_keeps_the_exit_code(store: Path) -> None:
     """-v adds the traceback, and the exit code stays."""
     Cache(store).close()
