@@ -73,6 +73,8 @@ class Shard:
         self.source, self.options, self.request = source, options, options.request
         #: what `serve` found of the source's digest, if it looked for an entry; that need not be done again
         self._looked = ""
+        #: the key of an entry that is damaged, and could not be moved out of the way
+        self._unfit = ""
         self.stored: Stored | None = None
         self.records: dict[str, dict[str, Any]] = {}
         self.build: Build | None = None
@@ -349,7 +351,8 @@ class Shard:
         if self.options.mode == "refresh":
             return None
         document = self.request.key_document(found, self.source.file.nbytes, reading)
-        return cache.find_staged(document, announced) if announced else cache.find(document)
+        entry = cache.find_staged(document, announced) if announced else cache.find(document)
+        return entry if entry is None or announced or entry.key != self._unfit else None
 
     def _adopt(self, cache: Cache, entry: StoredEntry, *, announced: bool = False) -> bool:
         """Serve the file from an entry, unless all of it is to be checked now and something is wrong."""
@@ -357,7 +360,8 @@ class Shard:
         if self.options.verify == "open" and not stored.intact(entry.header.slots):
             if not announced:  # else it is not in the store yet: who built it will say what became of it
                 wrong = next((key for key in entry.header.slots if not stored.intact([key])), "")
-                cache.damaged(entry.key, f"tensor {wrong!r} is not what was stored")
+                if not cache.damaged(entry.key, f"tensor {wrong!r} is not what was stored"):
+                    self._unfit = entry.key
             return False
         self.stored, self.records = stored, {record["name"]: record for record in entry.header.records}
         return True

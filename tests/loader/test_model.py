@@ -17,6 +17,7 @@ from gguf import quants
 from safetensors.numpy import save_file
 
 import quantcache as qc
+from quantcache.cache import store as store_module
 from quantcache.cache.blobs import StagedEntry
 from quantcache.loader import build
 from quantcache.quant.codec import quantize
@@ -170,6 +171,21 @@ def test_damage_in_a_readonly_store(two: Path, tmp_path: Path, verify: str, read
             assert _bytes(model["blocks.0.large.weight"]) == _expected("nf4", LARGE)
     assert sum("damaged" in str(w.message) for w in caught) == 1
     assert entry.read_bytes() == damaged
+
+
+def test_damage_that_stays(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything checked at once, an entry that cannot be moved away is looked at once, and the right one is put in its place."""
+    cache = tmp_path / "c"
+    qc.load(two, cache=cache).close()
+    entry = _flip(cache, "blocks.1.small.weight")
+    monkeypatch.setattr(store_module, "quarantine", lambda *_: None)
+    with pytest.warns(qc.QuantcacheWarning, match="damaged") as caught, qc.load(two, cache=cache, verify="open") as model:
+        assert not model.hit
+        assert _bytes(model["blocks.1.small.weight"]) == _expected("nf4", SMALL)
+    assert len(caught) == 1
+    with qc.load(two, cache=cache, verify="open") as again:
+        assert again.hit
+    assert entry.exists()
 
 
 def test_damage_that_another_repaired(two: Path, tmp_path: Path) -> None:
