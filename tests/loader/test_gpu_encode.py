@@ -243,6 +243,27 @@ def test_a_store_that_fails_on_the_way(device: Any, tmp_path: Path, quantizers: 
             assert parts(model[name]) == parts(wanted[name]), name
 
 
+@pytest.mark.parametrize("error", [KeyError, qc.CacheError])
+def test_prepared_while_it_begins_again(
+    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """A tensor whose parts are just being replaced by others is looked at later."""
+    save_file({f"{n}.weight": rng.standard_normal((64, 1024)).astype(np.float16) for n in range(3)}, tmp_path / "m.safetensors")
+    with qc.load(tmp_path / "m.safetensors", "nf4", mode="off") as wanted, qc.load(tmp_path / "m.safetensors", "nf4", mode="off", device=device) as model:
+        real, refused = model.outline, list[str]()
+
+        def outline(name: str, *, wait: bool = True) -> Any:
+            if name == "1.weight" and not wait:
+                refused.append(name)
+                raise error(name)
+            return real(name, wait=wait)
+
+        monkeypatch.setattr(model, "outline", outline)
+        with model.upload(device) as there:
+            assert {name: arrived(device, there[name]) for name in there} == {name: parts(wanted[name]) for name in wanted}
+        assert refused
+
+
 def test_a_store_that_fails_after_all_was_planned(
     device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, pwrite: Any
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantcache.errors import DeviceError
+from quantcache.errors import CacheError, DeviceError
 from quantcache.loader.ahead import Check
 from quantcache.loader.gpu.steps import Parts, units
 from quantcache.loader.gpu.tensors import GpuTensor, Home, Span
@@ -93,7 +93,10 @@ class Arriving:
     def prepare(self, model: Model) -> None:
         """Look at tensors that are being quantized on the device: where their small parts will stand here is known before what they hold."""
         for name in self._kept:
-            tensor = model.outline(name, wait=False)
+            try:
+                tensor = model.outline(name, wait=False)
+            except (KeyError, CacheError):  # it is just being begun again, another way, and is none of these any more
+                continue
             if isinstance(tensor, QuantTensor) and not codec(tensor.codec).shader_parts:  # else something is made of what they hold
                 self._found[name] = self._parts(name, tensor, {})
 
