@@ -155,7 +155,7 @@ def warm(path: Path, quant: str, folder: Path, rounds: int, *, slow: bool) -> di
 
     def anew() -> None:
         new_store(fresh)
-        settle(min(came + kept, 2 << 30))
+        settle(min(came + kept, max(2 << 30, kept * 5 // 4)))  # what a miss or load_file of the entry takes
 
     rows = [
         Row("miss, all tensors there", lambda: load(path, fresh, quant, stored=True, hit=False), came),
