@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,7 @@ def test_a_store_that_fails_on_the_way(device: Any, tmp_path: Path, quantizers: 
             assert parts(model[name]) == parts(wanted[name]), name
 
 
-@pytest.mark.parametrize("error", [KeyError, qc.CacheError])
+@pytest.mark.parametrize("error", [KeyError, TypeError, qc.CacheError, qc.DeviceError])
 def test_prepared_while_it_begins_again(
     device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
@@ -262,6 +263,48 @@ def test_prepared_while_it_begins_again(
         with model.upload(device) as there:
             assert {name: arrived(device, there[name]) for name in there} == {name: parts(wanted[name]) for name in wanted}
         assert refused
+
+
+@pytest.mark.filterwarnings("ignore::quantcache.QuantcacheWarning")
+def test_what_was_planned_leaves_first(
+    device: Any, tmp_path: Path, quantizers: list[Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers that were made for what did not come as it was planned are gone before others are made."""
+    tensors = {f"{n}.weight": rng.standard_normal((256, 1024)).astype(np.float16) for n in range(8)}
+    tensors["7.weight"][9, 9] = np.nan
+    save_file(tensors, tmp_path / "m.safetensors")
+    made, alive, held, real = list[Any](), list[int](), threading.Event(), Arriving.prepare
+
+    def place(described: Any, device: Any, new: Any, *given: Any) -> Any:
+        gc.collect()
+        alive.append(sum(one() is not None for one in made))
+
+        def noted(nbytes: int) -> Any:
+            buffer = new(nbytes)
+            made.append(weakref.ref(buffer))
+            return buffer
+
+        return placing(described, device, noted, *given)
+
+    def prepare(self: Any, model: Any) -> None:
+        real(self, model)
+        held.set()
+
+    def encode_some(self: Any, *given: Any, **how: Any) -> Any:
+        assert held.wait(60)
+        return encoding(self, *given, **how)
+
+    placing, encoding = uploading.place, encode.GpuQuantizer.encode
+    monkeypatch.setattr(uploading, "place", place)
+    monkeypatch.setattr(Arriving, "prepare", prepare)
+    monkeypatch.setattr(encode.GpuQuantizer, "encode", encode_some)
+    with (
+        qc.load(tmp_path / "m.safetensors", "nf4", mode="off") as wanted,
+        qc.load(tmp_path / "m.safetensors", "nf4", mode="off", device=device) as model,
+        model.upload(device) as there,
+    ):
+        assert {name: arrived(device, there[name]) for name in there} == {name: parts(wanted[name]) for name in wanted}
+    assert alive == [0, 0]
 
 
 def test_a_store_that_fails_after_all_was_planned(

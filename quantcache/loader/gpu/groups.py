@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantcache.errors import CacheError, DeviceError
+from quantcache.errors import DeviceError
 from quantcache.loader.ahead import Check
 from quantcache.loader.gpu.steps import Parts, units
 from quantcache.loader.gpu.tensors import GpuTensor, Home, Span
@@ -93,12 +94,10 @@ class Arriving:
     def prepare(self, model: Model) -> None:
         """Look at tensors that are being quantized on the device: where their small parts will stand here is known before what they hold."""
         for name in self._kept:
-            try:
+            with contextlib.suppress(Exception):  # it is just being begun again, another way: parts of both may be seen, and are asked for later
                 tensor = model.outline(name, wait=False)
-            except (KeyError, CacheError):  # it is just being begun again, another way, and is none of these any more
-                continue
-            if isinstance(tensor, QuantTensor) and not codec(tensor.codec).shader_parts:  # else something is made of what they hold
-                self._found[name] = self._parts(name, tensor, {})
+                if isinstance(tensor, QuantTensor) and not codec(tensor.codec).shader_parts:  # else something is made of what they hold
+                    self._found[name] = self._parts(name, tensor, {})
 
     def let_go(self) -> None:
         """Keep nothing of what was moved: of a matrix that was turned that is a copy; nor of the buffers, which may have to go."""

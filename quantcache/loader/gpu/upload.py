@@ -378,15 +378,28 @@ class GpuModel(Mapping[str, GpuTensor]):
         if names:
             self._model.prefetch(names)
 
-    def _begin(self, group: Group, *, planned: bool = True) -> Arriving:
-        """Make a group's buffers, and have the threads fill them; on a miss, once it is quantized.
+    def _begin(self, group: Group) -> Arriving:
+        """Make a group's buffers, and have the threads fill them; on a miss, once it is quantized."""
+        arriving = self._laid_out(group, planned=True) if group.number == self._late else None
+        arriving = arriving or self._laid_out(group)
+        assert arriving is not None
+        if arriving.units:  # the threads that move may still be at the layer before, or wait for a buffer
+            self._check_ahead(arriving, 0)
+        arriving.steps = [self._pool.submit(self._step, arriving, number) for number in range(len(arriving.units))]
+        return arriving
+
+    def _laid_out(self, group: Group, *, planned: bool = False) -> Arriving | None:
+        """Give a group's tensors their places, in buffers that are made now.
 
         Args:
             group: which.
-            planned: what comes once all is quantized is prepared meanwhile, as it is planned.
+            planned: as it is planned, while it is quantized; else once it is.
+
+        Returns:
+            None if it did not come as it was planned: nothing is left of it then.
         """
-        model, device, late = self._model, self.device, planned and group.number == self._late
-        found = {name: model.outlines(name, wait=not late) for name in group.names}
+        model, device = self._model, self.device
+        found = {name: model.outlines(name, wait=not planned) for name in group.names}
         kept = {name: one.kept for name, one in found.items() if one.kept is not None and one.kept.device.raw is device.raw}
         described = {
             name: (one.rows, [part for part in one.parts if name not in kept or part.name not in kept[name].places]) for name, one in found.items()
@@ -406,7 +419,7 @@ class GpuModel(Mapping[str, GpuTensor]):
 
         home, places, spans = place(described, device, new, self._shared)
         arriving = Arriving(group, home, places, spans, mapped, kept.keys())
-        if late:
+        if planned:
             try:
                 arriving.prepare(model)
                 model.wait()  # for all at once: to be woken for every tensor would cost those that quantize it more
@@ -415,14 +428,11 @@ class GpuModel(Mapping[str, GpuTensor]):
                 raise
             if not all(model.holds(name, one) for name, one in found.items()):  # some of it was left to the CPU, or is stored elsewhere
                 self._stop([arriving])
-                return self._begin(group, planned=False)
+                return None
         bound = {name: one.parts for name, one in kept.items()}
         for name, there in bound.items():  # quantized there: only the rest is to be brought
             places[name] = {part.name: (there[part.name],) if part.name in there else places[name][part.name] for part in found[name].parts}
         home.share(binding for there in bound.values() for binding in there.values())
-        if arriving.units:  # the threads that move may still be at the layer before, or wait for a buffer
-            self._check_ahead(arriving, 0)
-        arriving.steps = [self._pool.submit(self._step, arriving, number) for number in range(len(arriving.units))]
         return arriving
 
     def _check_ahead(self, arriving: Arriving, number: int) -> Future[dict[str, Parts]]:
