@@ -92,15 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (QuantcacheError, OSError, MemoryError) as error:
         if getattr(options, "verbose", False):
             traceback.print_exc()
-        message, hint, code = str(error), None, 1
-        if isinstance(error, QuantcacheError):
-            hint, code = error.hint, error.exit_code
-        elif isinstance(error, MemoryError):
+        message, hint = str(error), getattr(error, "hint", None)
+        if isinstance(error, MemoryError):
             message, hint = f"there is not enough memory: {message or 'the system gives no more'}", "fewer --threads take less"
         if output.as_json:
             output.document(error={"kind": type(error).__name__, "message": message, "hint": hint})
         output.problem("error", message, hint)
-        return code
+        return getattr(error, "exit_code", 1)
 
 
 if __name__ == "__main__":

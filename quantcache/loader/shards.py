@@ -351,8 +351,10 @@ class Shard:
         if self.options.mode == "refresh":
             return None
         document = self.request.key_document(found, self.source.file.nbytes, reading)
-        entry = cache.find_staged(document, announced) if announced else cache.find(document)
-        return entry if entry is None or announced or entry.key != self._unfit else None
+        if announced:
+            return cache.find_staged(document, announced)
+        entry = cache.find(document)
+        return None if entry is not None and entry.key == self._unfit else entry
 
     def _adopt(self, cache: Cache, entry: StoredEntry, *, announced: bool = False) -> bool:
         """Serve the file from an entry, unless all of it is to be checked now and something is wrong."""

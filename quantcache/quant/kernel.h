@@ -390,29 +390,35 @@ QC_INLINE qf qf_element(const void *src, size_t i, int element) {
     if (element == QC_F16) return qf_from_halves((const uint16_t *)src + i);
     return qf_from_bf16((const uint16_t *)src + i);
 }
-QC_INLINE void qf_store_element(void *dst, size_t i, qf value, int element) {
-    if (element == QC_F32)
-        qf_store((float *)dst + i, value);
+/* past: past the caches; see qc_past_caches */
+QC_INLINE void qf_put(float *p, qf value, int past) {
+    if (past)
+        qf_stream(p, value);
     else
-        qh_store((uint16_t *)dst + i, element == QC_F16 ? qf_to_halves(value) : qf_to_bf16(value));
+        qf_store(p, value);
 }
-
-/* The same past the caches: i is a multiple of QC_LANES, and dst begins with a cache line. */
-QC_INLINE void qf_stream_element(void *dst, size_t i, qf value, int element) {
-    if (element == QC_F32)
-        qf_stream((float *)dst + i, value);
+QC_INLINE void qf_put_element(void *dst, size_t i, qf value, int element, int past) {
+    if (element == QC_F32) {
+        qf_put((float *)dst + i, value, past);
+        return;
+    }
+    const qh halves = element == QC_F16 ? qf_to_halves(value) : qf_to_bf16(value);
+    if (past)
+        qh_stream((uint16_t *)dst + i, halves);
     else
-        qh_stream((uint16_t *)dst + i, element == QC_F16 ? qf_to_halves(value) : qf_to_bf16(value));
+        qh_store((uint16_t *)dst + i, halves);
 }
+QC_INLINE void qf_store_element(void *dst, size_t i, qf value, int element) { qf_put_element(dst, i, value, element, 0); }
 #endif
 
-/* Whether n elements are to be written past the caches: none holds so many, and memory is then not read before it is overwritten. A fresh
- * page is in a cache, since the system has just filled it with zeros, and would have to leave it line by line. QC_WRITTEN comes last. */
-QC_INLINE int qc_past_caches(const void *out, size_t n, int fresh, int element) {
+/* Whether n elements, in runs of `width` of which vectors are written from the first on, are to be written past the caches: none holds so many, and
+ * memory is then not read before it is overwritten. A fresh page is in a cache, since the system has just filled it with zeros, and would
+ * have to leave it line by line. QC_WRITTEN comes last. */
+QC_INLINE int qc_past_caches(const void *out, size_t n, size_t width, int fresh, int element) {
 #if defined(QC_LANES)
-    return !fresh && n >= (size_t)1 << (element == QC_F32 ? 23 : 24) && ((uintptr_t)out & 63) == 0;
+    return !fresh && n >= (size_t)1 << (element == QC_F32 ? 23 : 24) && width % QC_LANES == 0 && ((uintptr_t)out & 63) == 0;
 #else
-    (void)out, (void)n, (void)fresh, (void)element;
+    (void)out, (void)n, (void)width, (void)fresh, (void)element;
     return 0;
 #endif
 }

@@ -203,17 +203,14 @@ QC_EXPORT(qc_int8_quantize)(const void *x, size_t n, int64_t element, int64_t sc
 QC_INLINE int dequantize(const uint8_t *codes, const void *scales, const void *biases, size_t n, int scales_f16, void *out, int fresh,
                          int element) {
     if (n % GROUP) return QC_BAD_CALL;
-    const int past = qc_past_caches(out, n, fresh, element);
+    const int past = qc_past_caches(out, n, GROUP, fresh, element);
     for (size_t g = 0; g < n / GROUP; g++) {
         const float scale = qc_element(scales, g, scales_f16 ? QC_F16 : QC_F32);
         const float bias = qc_element(biases, g, scales_f16 ? QC_F16 : QC_F32);
 #if defined(QC_LANES)
         for (size_t i = g * GROUP; i < (g + 1) * GROUP; i += QC_LANES) {
             const qf value = qf_add(qf_mul(qf_from_u8(codes + i), qf_set(scale)), qf_set(bias));
-            if (past)
-                qf_stream_element(out, i, value, element);
-            else
-                qf_store_element(out, i, value, element);
+            qf_put_element(out, i, value, element, past);
         }
 #else
         for (size_t i = g * GROUP; i < (g + 1) * GROUP; i++)

@@ -72,12 +72,7 @@ QC_EXPORT(qc_int8_row_quantize)(const void *x, size_t rows, size_t columns, int6
 
 /* f32(f32(code * scale) / 127): a true division, as the norm has it */
 QC_INLINE int dequantize(const int8_t *codes, const float *scales, size_t rows, size_t columns, void *out, int fresh, int element) {
-#if defined(QC_LANES)
-    const int past = columns % QC_LANES == 0 && qc_past_caches(out, rows * columns, fresh, element);
-#else
-    const int past = 0;
-    (void)fresh;
-#endif
+    const int past = qc_past_caches(out, rows * columns, columns, fresh, element);
     for (size_t row = 0; row < rows; row++) {
         const size_t start = row * columns;
         const float scale = scales[row];
@@ -85,10 +80,7 @@ QC_INLINE int dequantize(const int8_t *codes, const float *scales, size_t rows, 
 #if defined(QC_LANES)
         for (; i + QC_LANES <= columns; i += QC_LANES) {
             const qf value = qf_div(qf_mul(qf_from_s8(codes + start + i), qf_set(scale)), qf_set(127.0f));
-            if (past)
-                qf_stream_element(out, start + i, value, element);
-            else
-                qf_store_element(out, start + i, value, element);
+            qf_put_element(out, start + i, value, element, past);
         }
 #endif
         for (; i < columns; i++)

@@ -164,7 +164,7 @@ QC_EXPORT(qc_nf4_quantize)(const void *x, size_t n, int64_t element, const float
 /* ---- dequantize ----------------------------------------------------------------------------- */
 
 QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, const float *table, void *out, int fresh, int element) {
-    const int past = qc_past_caches(out, n, fresh, element);
+    const int past = qc_past_caches(out, n, BLOCK, fresh, element);
     for (size_t start = 0, block = 0; start < n; start += BLOCK, block++) {
         const size_t length = n - start < BLOCK ? n - start : BLOCK;
         const uint8_t *packed = codes + start / 2;
@@ -179,15 +179,8 @@ QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, co
                 const __m128i b = _mm_loadu_si128((const __m128i *)(packed + i / 2));
                 const __m128i high = _mm_and_si128(_mm_srli_epi16(b, 4), _mm_set1_epi8(15));
                 const __m128i low = _mm_and_si128(b, _mm_set1_epi8(15));
-                const qf left = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, low)), values);
-                const qf right = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, low)), values);
-                if (past) {
-                    qf_stream(y + i, left);
-                    qf_stream(y + i + 16, right);
-                } else {
-                    qf_store(y + i, left);
-                    qf_store(y + i + 16, right);
-                }
+                qf_put(y + i, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, low)), values), past);
+                qf_put(y + i + 16, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, low)), values), past);
             }
 #elif defined(QC_AVX2)
             const __m256 first = _mm256_loadu_ps(value), second = _mm256_loadu_ps(value + 8);
@@ -198,11 +191,7 @@ QC_INLINE int dequantize(const uint8_t *codes, const float *absmax, size_t n, co
                 for (int j = 0; j < 2; j++) {
                     const __m256i c = _mm256_cvtepu8_epi32(j ? _mm_srli_si128(code, 8) : code);
                     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)); /* bit 3 to the sign */
-                    const qf found = _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, c), _mm256_permutevar8x32_ps(second, c), upper);
-                    if (past)
-                        qf_stream(y + i + 8 * j, found);
-                    else
-                        qf_store(y + i + 8 * j, found);
+                    qf_put(y + i + 8 * j, _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, c), _mm256_permutevar8x32_ps(second, c), upper), past);
                 }
             }
 #endif
