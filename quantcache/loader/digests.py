@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -18,13 +17,14 @@ from numpy.typing import NDArray
 from quantcache.cache.key import CHUNK, Stamp, Streamed, combine
 from quantcache.cache.store import Cache
 from quantcache.loader.mapping import MappedFile, fresh
+from quantcache.loader.ranges import add, joined
 from quantcache.loader.source import Source
 from quantcache.quant import native
 from quantcache.quant.digest import BLOCK, NBYTES, SUM_NBYTES, add_digest_of_sums, add_sums
 from quantcache.quant.native import Calls
 from quantcache.trace import span
 
-__all__ = ["Claim", "DigestBehind", "Sums", "joined", "known_digest", "source_digest"]
+__all__ = ["Claim", "DigestBehind", "Sums", "known_digest", "source_digest"]
 
 #: What is faulted in at a time by whoever only digests, in whole blocks.
 _PIECE = 1 << 20
@@ -78,16 +78,6 @@ def _digest_range(file: MappedFile, start: int, stop: int, state: Streamed) -> N
             state.update(file.memory[position : position + nbytes])
 
 
-def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return ranges, as (first byte, the one behind the last), with each that begins where the one before it ends as a part of that."""
-    found: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if found and found[-1][1] == start:
-            start = found.pop()[0]
-        found.append((start, stop))
-    return found
-
-
 class Sums:
     """Hand out memory for the sums of chunks, and take it back; no more of it than a limit. Threads share it.
 
@@ -120,19 +110,6 @@ class Sums:
         with self._lock:
             self._left += len(self._spare)
             self._spare.clear()
-
-
-def _add(ranges: list[tuple[int, int]], first: int, last: int) -> None:
-    """Add a range to others, which are apart and in order, and of which it may repeat some: a tensor that turns out not to fit its plan is read twice."""
-    begin = bisect_right(ranges, (first, 0))
-    if begin and ranges[begin - 1][1] >= first:
-        begin -= 1
-        first = ranges[begin][0]
-    end = begin
-    while end < len(ranges) and ranges[end][0] <= last:
-        last = max(last, ranges[end][1])
-        end += 1
-    ranges[begin:end] = [(first, last)]
 
 
 class _Chunk:
@@ -264,7 +241,7 @@ class DigestBehind:
         mine = []
         with self._lock:
             for chunk, first, last in self._parts(start, stop):
-                _add(chunk.begun, first, last)
+                add(chunk.begun, first, last)
                 begin, end = -(-(first - chunk.start) // BLOCK), min(chunk.blocks, (last - chunk.start) // BLOCK)
                 if chunk.ended:
                     continue
@@ -291,7 +268,7 @@ class DigestBehind:
         with self._lock:
             for claim in dict.fromkeys(claims):
                 for chunk, first, last in claim.added:
-                    _add(chunk.added, first, last)
+                    add(chunk.added, first, last)
                 for chunk in claim.chunks:
                     chunk.busy -= 1
                     self._note(chunk)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantcache.errors import SourceError, SourceNotFoundError
+from quantcache.loader.ranges import add
 from quantcache.memory import PAGE, is_cached, knows_cached, pages, populate, will_need
 from quantcache.quant import native
 from quantcache.quant.native import Calls
@@ -43,11 +44,9 @@ def whole_pages(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         The same of pages.
     """
     found: list[tuple[int, int]] = []
-    for start, stop in sorted((address // PAGE * PAGE, -(-(address + nbytes) // PAGE) * PAGE) for address, nbytes in ranges):
-        if found and start <= sum(found[-1]):
-            start, stop = found[-1][0], max(stop, sum(found.pop()))
-        found.append((start, stop - start))
-    return found
+    for address, nbytes in sorted(ranges):
+        add(found, address // PAGE * PAGE, -(-(address + nbytes) // PAGE) * PAGE)
+    return [(start, stop - start) for start, stop in found]
 
 
 def fresh(nbytes: int) -> NDArray[np.uint8]:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from quantcache.cache.key import digest
 from quantcache.errors import CodecError
 from quantcache.loader import weights
-from quantcache.loader.digests import Claim, joined
+from quantcache.loader.digests import Claim
 from quantcache.loader.pattern import Pattern, pattern
 from quantcache.loader.plan import Job
+from quantcache.loader.ranges import joined
 from quantcache.loader.source import Source
 from quantcache.quant import native
 from quantcache.quant.codec import Arena, Scratch, Status
