@@ -14,7 +14,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ class StagedEntry:
         except OSError as error:
             raise self.refused(error) from error
         if len(view):
-            self.wrote(key, position, found or digest(view))
+            self.wrote(key, position, [found or digest(view)])
 
     def place(self, key: str, position: int) -> tuple[int, int]:
         """Return descriptor and place of a piece, for those who write it themselves; `wrote` or `refused` must follow.
@@ -164,9 +164,10 @@ class StagedEntry:
             raise CacheError("the staged file is closed")
         return self._descriptor, self.offsets[key] + position
 
-    def wrote(self, key: str, position: int, found: bytes) -> None:
-        """Remember the digest of a piece that was written."""
-        self._digests[key][position // self.slots[key].chunk] = found
+    def wrote(self, key: str, position: int, found: Sequence[bytes]) -> None:
+        """Remember the digests of pieces that were written, one behind the other."""
+        first = position // self.slots[key].chunk
+        self._digests[key][first : first + len(found)] = found
 
     def refused(self, error: OSError) -> CacheError:
         """Return what it means that a piece could not be written."""
@@ -208,7 +209,7 @@ class StagedEntry:
             CacheError: a tensor is incomplete, or the disk refused; nothing is visible then.
         """
         self._map_replaced()
-        missing = [key for key, pieces in self._digests.items() if None in pieces]
+        missing = [key for key, pieces in self._digests.items() if None in pieces or len(pieces) != self.slots[key].chunks]
         if missing:
             raise CacheError(f"{len(missing)} tensors were not written completely, the first is {missing[0]!r}")
         digests = {key: combine([p for p in pieces if p is not None]) for key, pieces in self._digests.items()}

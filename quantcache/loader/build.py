@@ -13,7 +13,7 @@ import weakref
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, count, repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -30,7 +30,7 @@ from quantcache.errors import CacheError, CodecError, SourceError
 from quantcache.loader.digests import DigestBehind
 from quantcache.loader.plan import Job, Request
 from quantcache.loader.source import Source
-from quantcache.loader.tiles import Piece, Tile, encode_all, whole_pieces
+from quantcache.loader.tiles import Piece, Strip, encode_all, whole_pieces
 from quantcache.quant import native
 from quantcache.quant.codec import Arena, Scratch, Status
 from quantcache.trace import span
@@ -53,6 +53,11 @@ class Memory:
         """Make room."""
         for slot in slots:
             self._arrays[slot.key] = np.empty(slot.nbytes, np.uint8)
+
+    def place(self, key: str, position: int) -> tuple[Array, int]:
+        """Return what a piece is in, and the address where it belongs, for those who copy it there themselves."""
+        array = self._arrays[key]
+        return array, native.address(array) + position
 
     def write(self, key: str, position: int, buffer: Array, _: bytes = b"") -> None:
         """Copy bytes of a tensor."""
@@ -77,7 +82,7 @@ class Task:
     def __init__(self, build: Build, job: Job, target: StagedEntry | Memory) -> None:
         self._build = weakref.ref(build)  # which has the task: what a model holds is to go with it, and not when Python looks for circles
         self.job, self.target = job, target
-        self.active = 0  # tiles
+        self.active = 0  # strips of tiles that threads are at
         self.done = False
         self.awaited = False  # a caller waits for it
         self.rewind()
@@ -101,7 +106,7 @@ class Task:
 class Batch:
     """Hold tiles of one build that a thread quantizes together, and the buffers that what comes out lies in."""
 
-    tiles: list[tuple[Task, Tile]]
+    strips: list[tuple[Task, Strip]]
     outputs: Arena
 
 
@@ -181,12 +186,12 @@ class Build:
             self.lock.release()
 
 
-def complete(tiles: list[tuple[Task, Tile]]) -> list[Task]:
+def complete(strips: list[tuple[Task, Strip]]) -> list[Task]:
     """Return the tasks whose last tiles these are; under the lock."""
-    count: dict[Task, int] = {}
-    for task, _ in tiles:
-        count[task] = count.get(task, 0) + 1
-    return [task for task, own in count.items() if task.active == own and (not task.waiting or task.refused is not None)]
+    strips_of: dict[Task, int] = {}
+    for task, _ in strips:
+        strips_of[task] = strips_of.get(task, 0) + 1
+    return [task for task, own in strips_of.items() if task.active == own and (not task.waiting or task.refused is not None)]
 
 
 def wholes(tasks: list[Task]) -> list[tuple[Task, Piece]]:
@@ -209,25 +214,39 @@ def _write(pieces: list[tuple[Task, Piece]]) -> None:
     Raises:
         CacheError: the store refuses them.
     """
-    here, wanted = native.level() == "reference", list[tuple[int, int, int]]()
-    written: list[tuple[StagedEntry, Piece]] = []
+    here = native.level() == "reference"
+    copied, wanted = list[tuple[int, int, int]](), list[tuple[int, int, int]]()  # place, address, bytes
+    homes, written = list[Array](), list[tuple[StagedEntry, Piece]]()
     descriptor = -1
     for task, piece in pieces:
         target, nbytes = task.target, piece.nbytes
-        if here or not nbytes or isinstance(target, Memory):
-            with span("write", nbytes, task.job.info.name):
-                target.write(piece.key, piece.position, piece.buffer, piece.digest)
+        if here or not nbytes:
+            for own in piece.each():
+                with span("write", nbytes, task.job.info.name):
+                    target.write(own.key, own.position, own.buffer, *own.digests)
+            continue
+        if isinstance(target, Memory):
+            (home, place), rows = target.place(piece.key, piece.position), copied
+            homes.append(home)  # it stays until it is filled
         else:  # all into one file: a batch is of one build
-            descriptor, place = target.place(piece.key, piece.position)
-            wanted.append((place, piece.address, nbytes))
+            (descriptor, place), rows = target.place(piece.key, piece.position), wanted
             written.append((target, piece))
-    if not written:
+        if piece.count == 1:
+            rows.append((place, piece.address, nbytes))
+        else:
+            rows.extend(zip(range(place, place + piece.count * nbytes, nbytes), count(piece.address, piece.step), repeat(nbytes), strict=False))
+    name = pieces[0][0].job.info.name if pieces else ""
+    if copied:
+        table = array("Q", chain.from_iterable(copied))
+        with span("write", sum(table[2::3]), name):
+            native.system("copy_pieces")(table.buffer_info()[0], len(copied))
+    if not wanted:
         return
     wanted.sort()
     table = array("Q", chain.from_iterable(wanted))
-    with span("write", sum(table[2::3]), pieces[0][0].job.info.name):
+    with span("write", sum(table[2::3]), name):
         code = native.system("write")(descriptor, table.buffer_info()[0], len(wanted))
     if code:
         raise written[0][0].refused(OSError(code, os.strerror(code)))
     for target, piece in written:
-        target.wrote(piece.key, piece.position, piece.digest or digest(piece.buffer))
+        target.wrote(piece.key, piece.position, piece.digests or [digest(own.buffer) for own in piece.each()])

@@ -171,6 +171,12 @@ class Claim:
         self.chunks = [chunk for chunk, _, _ in parts]
         self.added: list[tuple[_Chunk, int, int]] = []
 
+    @property
+    def reach(self) -> int:
+        """Where the chunk of the next block ends: a spot goes no further."""
+        chunk, _ = self._chunk()
+        return chunk.end if chunk is not None else self.stop
+
     def spot(self, stop: int, least: int = 0) -> Spot | None:
         """Return the blocks that come next and end by a place of the file, and leave them to the caller to add up.
 

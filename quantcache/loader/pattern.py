@@ -22,7 +22,7 @@ from quantcache.quant.digest import BLOCK, NBYTES, SUM_NBYTES
 from quantcache.quant.native import Template
 from quantcache.tensor import ITEMSIZE
 
-__all__ = ["Pattern", "PiecePlace", "pattern"]
+__all__ = ["ALIKE", "OUTPUTS", "SOURCE", "Pattern", "PiecePlace", "pattern"]
 
 Array = NDArray[Any]
 
@@ -31,6 +31,8 @@ Array = NDArray[Any]
 SOURCE, OUTPUTS, DIGESTS, BLOCKS, SUMS, COUNT, WORK = range(7)
 #: What is made of a tile takes at most so many bytes a weight, and so many more; as much is between its source and that.
 _ROOM, _MORE = 8, 1 << 16
+#: Tiles whose addresses are so many bytes apart, or a multiple, are alike for kernels.
+ALIKE = 8
 #: Weights that a kernel takes at a time where anything is digested: what it has read and written is then still in the core's own cache.
 _RUN = 1 << 16
 
@@ -63,7 +65,9 @@ class Pattern:
         outputs_nbytes, work_nbytes: what they need.
         pieces: what is stored.
         arrays: what an encoder collects: name, first byte in the outputs, element type, number of elements.
-        least_blocks: of the source, that can be added up: with fewer the calls would be wrong.
+        blocks: of the source that are added up each time but the last, if the calls are made several times in a row.
+        least_blocks: of those, that there must be the last time: with fewer the calls would be wrong.
+        repeats: whether the tile that follows a tile in the source can be the calls' next time.
     """
 
     calls: Template
@@ -71,7 +75,9 @@ class Pattern:
     work_nbytes: int
     pieces: tuple[PiecePlace, ...]
     arrays: tuple[tuple[str, int, np.dtype[Any], int], ...]
+    blocks: int
     least_blocks: int
+    repeats: bool
 
 
 def pattern(raw: Array, job: Job, count: int, *, digested: bool, summed: bool) -> Pattern | None:
@@ -110,7 +116,9 @@ def _pattern(raw: Array, job: Job, count: int, *, digested: bool, summed: bool) 
     with contextlib.suppress(_OutsideError):  # what cannot be cut is one run
         if (summed or digested) and (cut := _cut(raw, job, count, work, outputs)) is not None:
             runs, work_nbytes = cut
-    calls, added = Template(), [_Added(BLOCKS, 0, raw.nbytes, SUMS, 0)] if summed else []
+    blocks = raw.nbytes // BLOCK
+    calls = Template((raw.nbytes, outputs.taken, NBYTES * len(pieces), raw.nbytes, blocks * SUM_NBYTES, blocks, 0), COUNT)
+    added = [_Added(BLOCKS, 0, raw.nbytes, SUMS, 0)] if summed else []
     if digested and len(runs) > 1:
         for piece in pieces:
             added.append(_Added(piece.base, piece.offset, piece.nbytes, WORK, work_nbytes))
@@ -136,7 +144,8 @@ def _pattern(raw: Array, job: Job, count: int, *, digested: bool, summed: bool) 
         if base != OUTPUTS:
             return None
         filled.append((name, offset, array.dtype, array.size))
-    return Pattern(calls, outputs.taken, work_nbytes, tuple(pieces), tuple(filled), added[0].done if summed else 0)
+    repeats = raw.nbytes % ALIKE == 0 and not (summed and raw.nbytes % BLOCK)
+    return Pattern(calls, outputs.taken, work_nbytes, tuple(pieces), tuple(filled), blocks, added[0].done if summed else 0, repeats)
 
 
 class _Added:

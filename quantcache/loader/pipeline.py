@@ -26,7 +26,7 @@ from quantcache.loader.build import Batch, Build, Task, complete, refusal, whole
 from quantcache.loader.digests import DigestBehind, Sums, source_digest
 from quantcache.loader.mapping import fresh
 from quantcache.loader.plan import Job
-from quantcache.loader.tiles import Quantizer, Tile, encode, encode_elsewhere
+from quantcache.loader.tiles import Quantizer, Strip, encode, encode_elsewhere
 from quantcache.quant import native
 from quantcache.quant.codec import Arena, Scratch, Status
 from quantcache.trace import Profile, working_for
@@ -41,7 +41,7 @@ _AHEAD = 64 << 20
 _AHEAD_STEP = 4 << 20
 #: What a thread takes at a time at most, in bytes of the source and in tiles: what Python does between calls it does once for all
 #: of them. And the bytes that may come out of what all threads take, and are in memory until they are written.
-_TOGETHER, _TILES_TOGETHER, _ALL_MADE = 16 << 20, 64, 64 << 20
+_TOGETHER, _TILES_TOGETHER, _ALL_MADE = 32 << 20, 64, 64 << 20
 #: Bytes of small tensors that a thread quantizes beside what it has quantized elsewhere.
 _ASIDE = 1 << 20
 #: How long a cancelled load waits for its threads: Ctrl-C is to be answered within a second.
@@ -326,9 +326,9 @@ class Pipeline:
 
         Small ones together, but alone at first and what is waited for, and few at the end. Of those that are quantized elsewhere, as many as go there at a time, with small ones that stand between.
         """
-        build, taken, nbytes, made = queue[0].build, list[tuple[Task, Tile]](), 0, 0
+        build, taken = queue[0].build, list[tuple[Task, Strip]]()
         extents: list[tuple[int, int]] = []  # of the source, as they are taken
-        room = spent = aside = 0
+        tiles = nbytes = made = room = spent = aside = 0
         if queue is self._urgent:  # what is left of the tensor is shared out
             job = queue[0].job
             most = min(_TOGETHER, len(queue[0].waiting) * job.tile * job.info.nbytes // max(1, job.size) // (3 * self._count))
@@ -341,27 +341,28 @@ class Pipeline:
             elif (room and not cost and aside + job.info.nbytes > _ASIDE) or (cost and not room):
                 break
             aside += 0 if cost else job.info.nbytes
-            while task.waiting:
-                start = task.waiting[0]
-                stop = min(start + job.tile, job.size)
-                first, last = build.source.extent(job.info, start, stop)
-                nbytes += last - first
-                made += job.kind.made_nbytes * (stop - start) // max(1, job.size)
-                spent += cost
-                full = spent > room if room else nbytes > most or made > self._made
-                if taken and (full or len(taken) == _TILES_TOGETHER):
-                    return self._batch(build, taken, extents)
-                task.waiting = task.waiting[1:]
-                task.active += 1
-                self._taken_nbytes += last - first
-                extents.append((first, last))
-                taken.append((task, Tile(job, start, stop)))
-        return self._batch(build, taken, extents)
-
-    def _batch(self, build: Build, taken: list[tuple[Task, Tile]], extents: list[tuple[int, int]]) -> Batch:
+            size = min(job.tile, job.size - task.waiting[0])  # of the next tile, and of those behind it but the tensor's last
+            tile_nbytes, tile_made = (size * whole // max(1, job.size) for whole in (job.info.nbytes, job.kind.made_nbytes))
+            left = min(_TILES_TOGETHER - tiles, _times(room - spent, cost)) if room else min(
+                _TILES_TOGETHER - tiles, _times(most - nbytes, tile_nbytes), _times(self._made - made, tile_made)
+            )  # fmt: skip
+            count = min(len(task.waiting), left if taken else max(1, left))
+            if count <= 0:
+                break
+            start, stop = task.waiting[0], min(task.waiting[count - 1] + job.tile, job.size)
+            first, last = build.source.extent(job.info, start, stop)
+            tiles += count
+            nbytes += last - first
+            made += job.kind.made_nbytes * (stop - start) // max(1, job.size)
+            spent += count * cost
+            task.waiting = task.waiting[count:]
+            task.active += 1
+            self._taken_nbytes += last - first
+            extents.append((first, last))
+            taken.append((task, Strip(job, start, stop)))
         if build.behind is not None:
-            for (_, tile), claim in zip(taken, build.behind.claims(extents), strict=True):
-                tile.claim = claim
+            for (_, strip), claim in zip(taken, build.behind.claims(extents), strict=True):
+                strip.claim = claim
         return Batch(taken, self._spare.pop())
 
     def _cost(self, job: Job) -> int:
@@ -371,22 +372,22 @@ class Pipeline:
     def _quantize(self, batch: Batch, work: Scratch) -> None:
         """Quantize tiles, and bring them to where they belong or leave that to the thread that writes the file."""
         batch.outputs.clear()
-        build, tiles = batch.tiles[0][0].build, [tile for _, tile in batch.tiles]
-        digested = any(task.target is build.staged for task, _ in batch.tiles)
-        if self._quantizer is not None and any(self._cost(tile.job) for tile in tiles):
-            encode_elsewhere(build.source, tiles, work, batch.outputs, self._quantizer, digested=digested)
+        build, strips = batch.strips[0][0].build, [strip for _, strip in batch.strips]
+        digested = any(task.target is build.staged for task, _ in batch.strips)
+        if self._quantizer is not None and any(self._cost(strip.job) for strip in strips):
+            encode_elsewhere(build.source, strips, work, batch.outputs, self._quantizer, digested=digested)
         else:
-            encode(build.source, tiles, work, batch.outputs, digested=digested)
+            encode(build.source, strips, work, batch.outputs, digested=digested)
         if build.behind is not None:
-            build.behind.give_back(tile.claim for tile in tiles if tile.claim is not None)
+            build.behind.give_back(strip.claim for strip in strips if strip.claim is not None)
             with self._lock:  # somebody may have nothing else to do than to finish what was read
                 self._todo.notify()
-        for task, tile in batch.tiles:
-            if tile.away:
+        for task, strip in batch.strips:
+            if strip.away:
                 task.away = True
-            if tile.status != Status.OK:
-                task.refused = task.refused or tile.status
-        if not any(tile.pieces and task.target is build.staged for task, tile in batch.tiles):
+            if strip.status != Status.OK:
+                task.refused = task.refused or strip.status
+        if not any(strip.pieces and task.target is build.staged for task, strip in batch.strips):
             self._deliver([batch])
             return
         with self._lock:
@@ -404,19 +405,19 @@ class Pipeline:
 
     def _deliver(self, ready: list[Batch]) -> None:
         """Write tiles, and finish the tensors of which they are the last."""
-        tiles = [found for batch in ready for found in batch.tiles]
+        strips = [found for batch in ready for found in batch.strips]
         with self._lock:
-            whole = complete(tiles)  # what is known of a tensor only now is written with its last tile
-        refused = refusal([(task, piece) for task, tile in tiles for piece in tile.pieces] + wholes(whole))
+            whole = complete(strips)  # what is known of a tensor only now is written with its last tile
+        refused = refusal([(task, piece) for task, strip in strips for piece in strip.pieces] + wholes(whole))
         with self._lock:
             self._spare += [batch.outputs for batch in ready]
-            for task, tile in tiles:
+            for task, strip in strips:
                 task.refused = task.refused or refused
-                nbytes = (tile.stop - tile.start) * tile.job.info.nbytes // max(1, tile.job.size)
+                nbytes = (strip.stop - strip.start) * strip.job.info.nbytes // max(1, strip.job.size)
                 task.counted += nbytes
                 self._done_nbytes += nbytes
-            ended = complete(tiles)
-            for task, _ in tiles:
+            ended = complete(strips)
+            for task, _ in strips:
                 task.active -= 1
                 if task.refused is not None:
                     task.waiting = range(0)
@@ -550,6 +551,11 @@ class Pipeline:
         wanted = self._progress(report)
         if wanted is not None and not wanted:
             self._stop(None)
+
+
+def _times(room: int, each: int) -> int:
+    """Return how many tiles there is room for."""
+    return room // each if each else _TILES_TOGETHER
 
 
 def _head(queue: deque[Task]) -> Task | None:

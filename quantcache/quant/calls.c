@@ -29,7 +29,7 @@ enum { ARGUMENTS = 8, PHASES = 3, UNDECODED = 1 << 16 };
 
 /* One call, as quantcache.quant.native.Calls lays it out. */
 typedef struct {
-    uint64_t function, count; /* of arguments; no function: what the first argument says, with the others as bases */
+    uint64_t function, count; /* of arguments; no function: how often to do what the first argument says, with the others as bases */
     int64_t status, done_ns;  /* written: what it returned, and when, since the first began */
     int64_t phase_ns[PHASES]; /* written: of what the first argument says, how long each phase took */
     uint64_t a[ARGUMENTS];
@@ -45,7 +45,9 @@ typedef struct {
 } repeated_t;
 
 typedef struct {
-    uint64_t count, calls; /* how many, and the address of the first */
+    uint64_t count, calls;    /* how many, and the address of the first */
+    uint64_t many;            /* number of the base that is no address, but how many there are; 0: none is */
+    uint64_t step[ARGUMENTS]; /* how much further each base is the next time; of what is `many`, how many each time but the last has */
 } template_t;
 
 typedef uint64_t u;
@@ -74,21 +76,30 @@ static int64_t now_ns(void) {
 #endif
 }
 
-/* Makes the calls of a template; returns all that they returned, or UNDECODED. */
+/* Makes the calls of a template as often as is said; returns all that they returned, or UNDECODED. */
 static int repeat(call_t *c) {
     const template_t *t = (const template_t *)(uintptr_t)c->a[0];
     const repeated_t *calls = (const repeated_t *)(uintptr_t)t->calls;
     int64_t begin = now_ns();
     int status = 0;
-    for (uint64_t i = 0; i < t->count; i++) {
-        u a[ARGUMENTS];
-        for (uint64_t k = 0; k < calls[i].count; k++) a[k] = (calls[i].a[k].base ? c->a[calls[i].a[k].base] : 0) + calls[i].a[k].offset;
-        const int found = call(calls[i].function, calls[i].count, a);
-        const int64_t end = now_ns();
-        c->phase_ns[calls[i].phase] += end - begin;
-        begin = end;
-        if (found && !calls[i].phase) return UNDECODED;
-        status |= found;
+    u base[ARGUMENTS];
+    memcpy(base, c->a, sizeof base);
+    base[0] = 0; /* what counts from no base counts from this one */
+    for (uint64_t time = 1; time <= c->count; time++) {
+        const u left = base[t->many];
+        if (time < c->count) base[t->many] = t->step[t->many];
+        for (uint64_t i = 0; i < t->count; i++) {
+            u a[ARGUMENTS];
+            for (uint64_t k = 0; k < calls[i].count; k++) a[k] = base[calls[i].a[k].base] + calls[i].a[k].offset;
+            const int found = call(calls[i].function, calls[i].count, a);
+            const int64_t end = now_ns();
+            c->phase_ns[calls[i].phase] += end - begin;
+            begin = end;
+            if (found && !calls[i].phase) return UNDECODED;
+            status |= found;
+        }
+        for (uint64_t k = 1; k < ARGUMENTS; k++) base[k] += t->step[k];
+        base[t->many] = left - t->step[t->many];
     }
     return status;
 }
@@ -126,10 +137,17 @@ QC_API int qc_copy(uint8_t *target, const uint8_t *data, uint64_t n) {
     return 0;
 }
 
-/* Bytes that belong at a place of a file, as quantcache.loader.build lays them out. */
+/* Bytes that belong at a place of a file, or of memory, as quantcache.loader.build lays them out. */
 typedef struct {
     uint64_t place, address, count;
 } piece_t;
+
+/* Copies pieces to where they belong in memory. */
+QC_API int qc_copy_pieces(const piece_t *pieces, uint64_t count) {
+    for (uint64_t i = 0; i < count; i++)
+        memcpy((void *)(uintptr_t)pieces[i].place, (const void *)(uintptr_t)pieces[i].address, pieces[i].count);
+    return 0;
+}
 
 #if !defined(_WIN32)
 /* Writes pieces that follow each other in the file, of which `skip` bytes are written; returns what pwritev does. */

@@ -172,7 +172,7 @@ def kernel(name: str, at_level: str | None = None) -> Kernel:
 
 @cache
 def system(name: str) -> Kernel:
-    """Return what calls one of the functions that calls.c has beside kernels, without its prefix: "populate", "copy", "write".
+    """Return what calls one of the functions that calls.c has beside kernels, without its prefix: "populate", "copy", "copy_pieces", "write".
 
     Raises:
         KernelError: there is none.
@@ -191,15 +191,19 @@ class Template:
     """Hold calls of which some arguments count from one of a few bases, most of them addresses: what those are is said when they are made.
 
     They are one call for whoever makes them: all are made, and it returns what any of them does; of a decoder that fails, that alone.
+
+    Args:
+        steps: how much further each base is the next time, where they are made several times in a row.
+        many: the base that is no address, but how many there are: each time but the last has its step of them, the last what is left.
     """
 
     #: as calls.c has a call: function, number of arguments, phase, base and offset of each
     _WORDS = 3 + 2 * _ARGUMENTS
     PHASES = ("decode", "quantize", "digest")
 
-    def __init__(self) -> None:
+    def __init__(self, steps: Sequence[int] = (), many: int = -1) -> None:
         self._words = array("Q")
-        self._head = array("Q", (0, 0))
+        self._head = array("Q", (0, 0, 1 + many, 0, *steps, *_NOTHING[len(steps) + 1 :]))
         self._kept: list[Any] = []
         self.address = self._head.buffer_info()[0]
         #: that each phase goes over
@@ -236,7 +240,7 @@ class Calls:
     def __init__(self) -> None:
         self._words = array("Q")
         self._kept: list[tuple[Any, ...]] = []
-        self._phases: list[tuple[str, int, str] | tuple[Template, str]] = []
+        self._phases: list[tuple[str | Template, int, str]] = []
         #: of the tensor or file whose calls are added, for the trace
         self.name = ""
         #: what a call reads begins there in its file, for whoever has to say that it failed
@@ -259,18 +263,19 @@ class Calls:
         self._kept.append(arguments)
         self._phases.append((phase, nbytes, self.name))
 
-    def repeat(self, template: Template, bases: Sequence[int], *kept: NDArray[Any]) -> None:
+    def repeat(self, template: Template, bases: Sequence[int], *kept: NDArray[Any], times: int = 1) -> None:
         """Add the calls of a template, as one; nothing if it has none.
 
         Args:
             template: what.
             bases: what its arguments count from.
+            times: how often in a row, each time by its steps further.
             kept: what is there, unless the caller keeps it until the calls are made.
         """
         if not any(template.nbytes.values()):
             return
-        self._words.extend((0, 0, *_NOT_YET, template.address, *bases, *_NOTHING[len(bases) + 1 :]))
-        self._phases.append((template, self.name))
+        self._words.extend((0, times, *_NOT_YET, template.address, *bases, *_NOTHING[len(bases) + 1 :]))
+        self._phases.append((template, times, self.name))
         self._kept.append((template, *kept))
 
     def run(self, first: int = 0) -> int:
@@ -289,15 +294,15 @@ class Calls:
         stopped: int = first + _runner()(words.buffer_info()[0] + 8 * self._WORDS * first, count - first)
         spans, ends, begin = list[tuple[str, int, str]](), list[int](), 0
         for call in range(first, min(stopped + 1, count)):
-            what, word = self._phases[call], call * self._WORDS + 3
-            if isinstance(what[0], Template):  # the calls of a phase count as if they had followed each other
-                for number, (phase, nbytes) in enumerate(what[0].nbytes.items()):
+            (what, many, name), word = self._phases[call], call * self._WORDS + 3
+            if isinstance(what, Template):  # the calls of a phase count as if they had followed each other
+                for number, (phase, nbytes) in enumerate(what.nbytes.items()):
                     if nbytes:
                         begin += words[word + 1 + number]
-                        spans.append((phase, nbytes, what[1]))
+                        spans.append((phase, many * nbytes, name))
                         ends.append(begin)
             else:
-                spans.append(what)
+                spans.append((what, many, name))
                 ends.append(words[word])
             begin = words[word]
         spent(start_ns, spans, ends)

@@ -23,7 +23,7 @@ from quantcache.loader.pipeline import Pipeline
 from quantcache.loader.plan import Job, Request, plan
 from quantcache.loader.recipe import Recipe
 from quantcache.loader.source import Source, open_checkpoint
-from quantcache.loader.tiles import Piece, Stretch, Tile, encode, encode_elsewhere, encode_tile, whole_pieces
+from quantcache.loader.tiles import Piece, Stretch, Strip, encode, encode_elsewhere, encode_tile, whole_pieces
 from quantcache.quant import native
 from quantcache.quant.codec import Arena, Scratch, Status, quantize
 
@@ -60,33 +60,65 @@ def jobs(source: Source, quant: str) -> list[Job]:
     return plan(source, Request(Recipe.of(quant)))
 
 
-def tiles(found: list[Job]) -> list[Tile]:
-    """Return all tiles of jobs."""
-    return [Tile(job, start, min(start + job.tile, job.size)) for job in found for start in job.tiles]
+def strips(found: list[Job], most: int = 1) -> list[Strip]:
+    """Return all tiles of jobs, at most so many together."""
+    return [
+        Strip(job, starts[0], min(starts[-1] + job.tile, job.size))
+        for job in found for starts in (job.tiles[first : first + most] for first in range(0, len(job.tiles), most))
+    ]  # fmt: skip
 
 
 def flat(pieces: list[Piece]) -> list[tuple[str, int, bytes]]:
-    """Return what pieces hold."""
-    return [(piece.key, piece.position, bytes(piece.buffer)) for piece in pieces]
+    """Return what pieces hold, tile by tile."""
+    return sorted((piece.key, piece.position, bytes(piece.buffer)) for found in pieces for piece in found.each())
+
+
+def holds(strip: Strip, source: Source) -> None:
+    """Require that what became of a strip is what becomes of its tiles alone, and that digests are right."""
+    alone = [encode_tile(source, strip.job, start, Scratch(), Scratch()) for start in strip.tiles]
+    assert strip.status == max((status for status, _ in alone), default=Status.OK)
+    assert flat(strip.pieces) == ([] if strip.status != Status.OK else flat([piece for _, pieces in alone for piece in pieces]))
+    for piece in [piece for found in strip.pieces for piece in found.each()]:
+        assert list(piece.digests) == [digest(bytes(piece.buffer))]
+
+
+@pytest.mark.parametrize("most", [1, 2, 64])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("quant", ["nf4", "nf4-dq", "int8", "int8-row", "f16"])
+def test_together(source: Source, kernel_level: Callable[[str], None], quant: str, level: str, most: int) -> None:
+    """Each tile gives the same bytes, status and digests together with all others as alone; what one tensor refuses is not the next one's."""
+    kernel_level(level)
+    together, outputs = strips(jobs(source, quant), most), Arena(5000)
+    for _ in range(2):  # the second time in memory that was used before
+        outputs.clear()
+        for strip in together:
+            strip.status, strip.pieces = Status.OK, []
+        encode(source, together, Scratch(), outputs, digested=True)
+        for strip in together:
+            holds(strip, source)
+    assert all(strip.status & Status.NONFINITE for strip in together if strip.job.info.name == "a.2.weight")
+    assert any(len(piece.buffer) <= 240 for strip in together for piece in strip.pieces)
+    assert max(piece.count for strip in together for piece in strip.pieces) == (1 if level == "reference" else min(most, 3))
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("quant", ["nf4", "nf4-dq", "int8", "int8-row", "f16"])
-def test_together(source: Source, kernel_level: Callable[[str], None], quant: str, level: str) -> None:
-    """Each tile gives the same bytes, status and digests together with all others as alone; what one refuses is not the next one's."""
+@pytest.mark.parametrize("quant", ["nf4", "int8", "int8-row", "f16"])
+@pytest.mark.parametrize("spoiled", range(5))
+def test_one_of_several_is_refused(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, kernel_level: Callable[[str], None], quant: str, level: str, spoiled: int
+) -> None:
+    """A strip of which one tile is refused gives nothing, whichever that is, and why; the strip behind it is whole."""
     kernel_level(level)
-    together, outputs = tiles(jobs(source, quant)), Arena(5000)
-    for _ in range(2):  # the second time in memory that was used before
-        outputs.clear()
-        for tile in together:
-            tile.status, tile.pieces = Status.OK, []
-        encode(source, together, Scratch(), outputs, digested=True)
-        for tile in together:
-            status, pieces = encode_tile(source, tile.job, tile.start, Scratch(), Scratch())
-            assert (tile.status, flat(tile.pieces)) == (status, flat(pieces))
-            assert [piece.digest for piece in tile.pieces] == [digest(bytes(piece.buffer)) for piece in tile.pieces]
-    assert all(tile.status & Status.NONFINITE for tile in together if tile.job.info.name == "a.2.weight")
-    assert any(len(piece.buffer) <= 240 for tile in together for piece in tile.pieces)
+    monkeypatch.setattr(planning, "TILE", 4096)
+    first, second = (rng.standard_normal((140, 128), np.float32) for _ in range(2))
+    first[min(spoiled * 32, 139), 77] = np.inf if quant != "f16" else 1e30
+    save_file({"a.weight": first, "b.weight": second}, tmp_path / "m.safetensors")
+    source = open_checkpoint(tmp_path / "m.safetensors")[0]
+    refused, whole = strips(jobs(source, quant), 64)
+    encode(source, [refused, whole], Scratch(), Arena(0), digested=True)
+    assert refused.status & (Status.F16_RANGE if quant == "f16" else Status.NONFINITE)
+    assert refused.pieces == []
+    holds(whole, source)
 
 
 class _Elsewhere:
@@ -127,13 +159,11 @@ class _Elsewhere:
 def test_elsewhere(source: Source, kernel_level: Callable[[str], None], quant: str, does: bool, level: str) -> None:
     """What another processor makes of several tiles is cut into theirs, with digests; what it leaves is done here."""
     kernel_level(level)
-    together, quantizer = tiles(jobs(source, quant)), _Elsewhere(does=does, leaves=("a.3.weight",))
+    together, quantizer = strips(jobs(source, quant), 64), _Elsewhere(does=does, leaves=("a.3.weight",))
     encode_elsewhere(source, together, Scratch(), Arena(0), quantizer, digested=True)
     assert quantizer.asked == [["a.0.weight", "a.1.weight", "a.2.weight"]]
-    for tile in together:
-        status, pieces = encode_tile(source, tile.job, tile.start, Scratch(), Scratch())
-        assert (tile.status, flat(tile.pieces)) == (status, flat(pieces))
-        assert [piece.digest for piece in tile.pieces] == [digest(bytes(piece.buffer)) for piece in tile.pieces]
+    for strip in together:
+        holds(strip, source)
 
 
 @pytest.mark.parametrize("does", [True, False])
@@ -141,14 +171,14 @@ def test_elsewhere(source: Source, kernel_level: Callable[[str], None], quant: s
 def test_elsewhere_and_left_there(source: Source, does: bool, quant: str) -> None:
     """What nobody stores stays where it was quantized, and is said to be away; what an encoder collects, and what is left, comes."""
     for job in jobs(source, quant):
-        together, quantizer = tiles([job]), _Elsewhere(does=does)
-        encode_elsewhere(source, together, Scratch(), Arena(0), quantizer, digested=False)
+        (strip,), quantizer = strips([job], 64), _Elsewhere(does=does)
+        encode_elsewhere(source, [strip], Scratch(), Arena(0), quantizer, digested=False)
         away = does and quantizer.cost(job) and job.info.name != "a.2.weight" and job.size > 0
-        assert [tile.away for tile in together] == [bool(away)] * len(together)
-        for tile in together:
-            status, pieces = encode_tile(source, tile.job, tile.start, Scratch(), Scratch())
-            assert tile.status == status
-            assert flat(tile.pieces) == ([] if away else flat(pieces))
+        assert strip.away == bool(away)
+        alone = [encode_tile(source, job, start, Scratch(), Scratch()) for start in strip.tiles]
+        status = max((status for status, _ in alone), default=Status.OK)
+        assert strip.status == status
+        assert flat(strip.pieces) == ([] if away or status != Status.OK else flat([piece for _, pieces in alone for piece in pieces]))
         if status == Status.OK:
             (same,) = [other for other in jobs(source, quant) if other.info.name == job.info.name]
             for start in same.tiles if same.size else ():
@@ -181,7 +211,7 @@ def test_few_are_taken_along(tmp_path: Path, rng: np.random.Generator, monkeypat
     save_file(content | {f"a.{n}.norm": np.ones(40_000, np.float32) for n in range(1, 60)}, tmp_path / "m.safetensors")
     sizes: list[int] = []
     real = Pipeline._quantize
-    monkeypatch.setattr(Pipeline, "_quantize", lambda self, batch, work: (sizes.append(sum(t.job.info.nbytes for t, _ in batch.tiles)), real(self, batch, work)))
+    monkeypatch.setattr(Pipeline, "_quantize", lambda self, batch, work: (sizes.append(sum(t.job.info.nbytes for t, _ in batch.strips)), real(self, batch, work)))
     monkeypatch.setattr(loading, "_quantizer", lambda _: _Elsewhere(does=True))
     with qc.load(tmp_path / "m.safetensors", "nf4", mode="off", threads=1) as model:
         model.finish()
@@ -191,7 +221,7 @@ def test_few_are_taken_along(tmp_path: Path, rng: np.random.Generator, monkeypat
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what cannot be read before it is touched")
 def test_where_a_file_ends(source: Source) -> None:
     """What cannot be read is told with its own place, not that of what is read together with it."""
-    path, whole = source.path, tiles(jobs(source, "nf4"))
+    path, whole = source.path, strips(jobs(source, "nf4"))
     last = max(source.tensors.values(), key=lambda info: info.offset)
     cut = max(info.offset for info in source.tensors.values() if info.offset < last.offset - 8192)
     with path.open("r+b") as file:
@@ -228,8 +258,8 @@ def test_batches_are_bounded(tmp_path: Path, rng: np.random.Generator, monkeypat
 
     def quantize(self: Any, batch: Any, work: Any) -> None:
         real(self, batch, work)
-        made = sum(piece.buffer.nbytes for task, tile in batch.tiles for piece in tile.pieces if not task.job.copies)
-        batches.append((len(batch.tiles), made))
+        made = sum(piece.buffer.nbytes for task, tile in batch.strips for piece in tile.pieces if not task.job.copies)
+        batches.append((len(batch.strips), made))
 
     monkeypatch.setattr(Pipeline, "_quantize", quantize)
     with qc.load(tmp_path / "m.safetensors", "int8", cache=tmp_path / "c", threads=2) as model:
@@ -244,15 +274,15 @@ def test_last_tiles_side_by_side(tmp_path: Path, rng: np.random.Generator, monke
 
     monkeypatch.setattr(planning, "TILE", 4096)
     save_file({"a.0.weight": rng.standard_normal((64, 128), np.float32)}, tmp_path / "m.safetensors")
-    both, real = threading.Barrier(2, timeout=60), Memory.write
+    both, real = threading.Barrier(2, timeout=60), Memory.place
 
-    def write(self: Memory, key: str, position: int, buffer: Any, found: bytes = b"") -> None:
+    def place(self: Memory, key: str, position: int) -> tuple[NDArray[Any], int]:
         if key == "a.0.weight":
             both.wait()
-        real(self, key, position, buffer, found)
+        return real(self, key, position)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Memory, "write", write)
+        patch.setattr(Memory, "place", place)
         with qc.load(tmp_path / "m.safetensors", "nf4-dq", mode="off", threads=2) as model:
             side_by_side = model["a.0.weight"]
     with qc.load(tmp_path / "m.safetensors", "nf4-dq", mode="off", threads=1) as model:

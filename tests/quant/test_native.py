@@ -161,6 +161,43 @@ def test_copies(kernel_level: Switch, request: pytest.FixtureRequest, level: str
         native.copy([(target[:10], data[:11])], "upload")
 
 
+@pytest.mark.parametrize("times", [1, 2, 5])
+@pytest.mark.parametrize("left", [0, 1, 30])
+def test_calls_in_a_row(times: int, left: int) -> None:
+    """A template that is made several times goes on by its steps each time; of what there are many, the last time takes what is left."""
+    data, target = np.frombuffer(os.urandom(1000), np.uint8), np.zeros(1000, np.uint8)
+    template = native.Template((100, 200, 20), many=2)
+    template.add(native.system("copy"), [(0, 7), (1, 3), (2, 0)], phase="digest", nbytes=20)
+    template.add(native.system("copy"), [(0, 90), (1, 0), 2], phase="quantize", nbytes=2)
+    calls = native.Calls()
+    calls.repeat(template, (native.address(target), native.address(data), (times - 1) * 20 + left), times=times)
+    calls.add(native.system("copy"), target[:1], data[:1], 1, phase="digest", nbytes=1)
+    assert calls.run() == 2
+    wanted = np.zeros(1000, np.uint8)
+    for n in range(times):
+        size = 20 if n + 1 < times else left
+        wanted[7 + 100 * n : 7 + 100 * n + size] = data[3 + 200 * n : 3 + 200 * n + size]
+        wanted[90 + 100 * n : 92 + 100 * n] = data[200 * n : 200 * n + 2]
+    wanted[0] = data[0]
+    assert np.array_equal(target, wanted)
+    profile = Profile()
+    with working_for(profile):
+        calls.run()
+    assert set(profile.seconds) == {"digest", "quantize"}
+
+
+def test_copies_to_places() -> None:
+    """Pieces are copied to wherever each belongs, none of them in whatever order."""
+    data, target = np.frombuffer(os.urandom(1000), np.uint8), np.zeros(1000, np.uint8)
+    rows = [(500, 0, 100), (0, 100, 1), (7, 900, 100), (3, 5, 0)]
+    table = np.array([(native.address(target) + place, native.address(data) + start, size) for place, start, size in rows], np.uint64)
+    assert native.system("copy_pieces")(table, len(rows)) == native.system("copy_pieces")(table, 0) == 0
+    wanted = np.zeros(1000, np.uint8)
+    for place, start, size in rows:
+        wanted[place : place + size] = data[start : start + size]
+    assert np.array_equal(target, wanted)
+
+
 def test_pieces_side_by_side(tmp_path: Path) -> None:
     """Pieces of all sizes, some of none, side by side and apart, hundreds in a row, are written where each belongs."""
     rng = np.random.default_rng()
