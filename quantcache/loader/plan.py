@@ -27,7 +27,7 @@ __all__ = ["TILE", "Job", "Kind", "Request", "layer_key", "native_names", "plan"
 
 Array = NDArray[Any]
 
-#: Weights in a tile, rounded down to whole blocks: large enough that the 50 us of Python around a tile do not
+#: Weights in a tile, rounded down to whole blocks: what is digested at a time. Large enough that what Python does for one does not
 #: count, small enough that every thread's buffers stay within its share of the memory bound.
 TILE = 1 << 20
 

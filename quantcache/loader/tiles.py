@@ -483,8 +483,9 @@ def encode_elsewhere(
     _make(calls, reading)
     for claim, blocks in zip(claims, added, strict=True):
         claim.added += blocks
-    left = [strip for strip in strips if not quantizer.cost(strip.job)]
-    sent = [strip for strip in strips if quantizer.cost(strip.job)]
+    left, sent = list[Strip](), list[Strip]()
+    for strip in strips:  # each is asked for once: another thread may just find that the quantizer has failed
+        (sent if quantizer.cost(strip.job) else left).append(strip)
     stretches = [Stretch(strip.job, strip.start, strip.stop, _bytes(source, strip.job, strip.start, strip.stop)) for strip in sent]
     with span("quantize", sum(stretch.raw.nbytes for stretch in stretches), strips[0].job.info.name):
         found = quantizer.encode(stretches, outputs, bring=digested)

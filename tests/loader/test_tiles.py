@@ -166,6 +166,17 @@ def test_elsewhere(source: Source, kernel_level: Callable[[str], None], quant: s
         holds(strip, source)
 
 
+@pytest.mark.parametrize("fails_at", range(1, 12))
+def test_a_quantizer_that_fails_meanwhile(source: Source, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    """Whenever another thread finds that the quantizer has failed, every tile is quantized by it or here."""
+    together, quantizer, looks = strips(jobs(source, "nf4"), 64), _Elsewhere(does=True), iter(range(1, 1000))
+    cost = quantizer.cost
+    monkeypatch.setattr(quantizer, "cost", lambda job: cost(job) if next(looks) < fails_at else 0)
+    encode_elsewhere(source, together, Scratch(), Arena(0), quantizer, digested=True)
+    for strip in together:
+        holds(strip, source)
+
+
 @pytest.mark.parametrize("does", [True, False])
 @pytest.mark.parametrize("quant", ["nf4", "nf4-dq"])
 def test_elsewhere_and_left_there(source: Source, does: bool, quant: str) -> None:
@@ -258,8 +269,8 @@ def test_batches_are_bounded(tmp_path: Path, rng: np.random.Generator, monkeypat
 
     def quantize(self: Any, batch: Any, work: Any) -> None:
         real(self, batch, work)
-        made = sum(piece.buffer.nbytes for task, tile in batch.strips for piece in tile.pieces if not task.job.copies)
-        batches.append((len(batch.strips), made))
+        made = sum(piece.count * piece.nbytes for task, strip in batch.strips for piece in strip.pieces if not task.job.copies)
+        batches.append((sum(max(1, len(strip.tiles)) for _, strip in batch.strips), made))
 
     monkeypatch.setattr(Pipeline, "_quantize", quantize)
     with qc.load(tmp_path / "m.safetensors", "int8", cache=tmp_path / "c", threads=2) as model:
