@@ -237,16 +237,18 @@ def _write(pieces: list[tuple[Task, Piece]]) -> None:
             rows.extend(zip(range(place, place + piece.count * nbytes, nbytes), count(piece.address, piece.step), repeat(nbytes), strict=False))
     name = pieces[0][0].job.info.name if pieces else ""
     if copied:
-        table = array("Q", chain.from_iterable(copied))
-        with span("write", sum(table[2::3]), name):
-            native.system("copy_pieces")(table.buffer_info()[0], len(copied))
+        _bring("copy_pieces", copied, name)
     if not wanted:
         return
     wanted.sort()
-    table = array("Q", chain.from_iterable(wanted))
-    with span("write", sum(table[2::3]), name):
-        code = native.system("write")(descriptor, table.buffer_info()[0], len(wanted))
-    if code:
+    if code := _bring("write", wanted, name, descriptor):
         raise written[0][0].refused(OSError(code, os.strerror(code)))
     for target, piece in written:
         target.wrote(piece.key, piece.position, piece.digests or [digest(own.buffer) for own in piece.each()])
+
+
+def _bring(function: str, rows: list[tuple[int, int, int]], name: str, *where: int) -> int:
+    """Have one of the system's functions bring bytes, as (place, address, how many), to where they belong; return what it does."""
+    table = array("Q", chain.from_iterable(rows))
+    with span("write", sum(table[2::3]), name):
+        return native.system(function)(*where, table.buffer_info()[0], len(rows))

@@ -306,16 +306,16 @@ def _repeated(
     job, claim = strip.job, strip.claim
     count = min(job.tile, strip.stop - start)
     first, last = source.extent(job.info, start, start + count)
-    address, nbytes, times = source.file.address + first, last - first, (strip.stop - start) // count
+    address, nbytes = source.file.address + first, last - first
     found, spot = _pattern(source, job, start, count, address, digested=bool(digests), summed=claim is not None), None
+    times = (strip.stop - start) // count if found is not None and found.repeats else 1
     if found is not None and claim is not None:
-        times = max(1, min(times, (claim.reach - first) // nbytes)) if found.repeats else 1
+        times = max(1, min(times, (claim.reach - first) // nbytes))
         spot = claim.spot(first + times * nbytes, (times - 1) * found.blocks + found.least_blocks)
         if spot is None:  # where a chunk ends
             found = _pattern(source, job, start, count, address, digested=bool(digests), summed=False)
     if found is None:
         return None
-    times = times if found.repeats else 1
     home, at, made = outputs.room(times * found.outputs_nbytes)
     # a larger tile gets another bench: this one stays until its calls are made
     bench = [work.array("pattern", np.uint8, found.work_nbytes)] if found.work_nbytes else []
