@@ -34,7 +34,7 @@ CONTENT = bytes(range(256)) * 4
 def fill(root: Path, count: int) -> None:
     """Write entries straight into their places: publishing each would time the disk's syncs."""
     Cache(root).close()
-    slot = Slot("x", "U8", (len(CONTENT),), 4096)
+    slots = {"x": Slot("U8", (len(CONTENT),), 4096)}
     from quantcache.cache.key import combine
 
     digests = {"x": combine([digest(CONTENT)])}
@@ -44,7 +44,7 @@ def fill(root: Path, count: int) -> None:
         built = {"path": f"/models/{number // 4}.safetensors", "seconds": number % 7, "created": 1.7e9 + number, "fingerprint": f"{number:032x}", "recipe": "nf4"}
         folder = root / "v1" / "entries" / key[:2]
         folder.mkdir(exist_ok=True)
-        (folder / f"{key}.safetensors").write_bytes(build_header([slot], digests, document=document, records=[], built=built) + CONTENT)
+        (folder / f"{key}.safetensors").write_bytes(build_header(slots, digests, document=document, records=[], built=built) + CONTENT)
 
 
 def lookup(root: Path, numbers: list[int]) -> float:

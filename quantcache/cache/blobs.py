@@ -45,6 +45,8 @@ __all__ = ["Reader", "StagedEntry", "StoredEntry", "quarantine", "remove_stale",
 #: What a staged file grows by at least, once a tensor needs more room than was planned; it is sparse.
 _EXTENSION = 64 << 20
 _STALE_S = 24 * 3600.0
+#: Bytes of a piece's digest, and what stands for that of a piece that was not written.
+_DIGEST, _UNWRITTEN = 16, bytes(16)
 #: A map starts at a multiple of this: 4 KiB on most machines, 16 or 64 KiB on some arm64 ones.
 _MAP_ALIGNMENT = max(ALIGNMENT, mmap.ALLOCATIONGRANULARITY)
 
@@ -64,23 +66,22 @@ class StagedEntry:
 
     Args:
         folder: the store's `tmp/`.
-        slots: the tensors as planned.
-        records: as planned; see reserve_header.
+        slots: the tensors as planned, by key; those that are alike may share one.
+        records_nbytes: what is said of them will take; see reserve_header.
         access: of the file, and of the folder that it is moved to.
 
     Raises:
         CacheError: the file cannot be created, or the space is not there.
     """
 
-    def __init__(self, folder: Path, slots: Iterable[Slot], records: Any, access: Access = PRIVATE) -> None:
+    def __init__(self, folder: Path, slots: Mapping[str, Slot], records_nbytes: int = 0, access: Access = PRIVATE) -> None:
         self._access = access
-        self.slots = {slot.key: slot for slot in slots}
+        self.slots = dict(slots)
         self._lock = threading.Lock()
-        self._digests: dict[str, list[bytes | None]] = {key: [None] * slot.chunks for key, slot in self.slots.items()}
-        self._header_nbytes = reserve_header(self.slots.values(), records=records)
-        offsets, data_nbytes = arrange(self.slots.values())
-        self.offsets = {key: self._header_nbytes + offset for key, offset in offsets.items()}
-        self._end = self._header_nbytes + data_nbytes
+        #: of the pieces of tensors of which any was written, one behind the other: bytes if all were written at once, else zeros for those that were not
+        self._digests: dict[str, bytes | bytearray] = {}
+        self._header_nbytes = reserve_header(self.slots, records_nbytes=records_nbytes)
+        self.offsets, self._end = arrange(self.slots, self._header_nbytes)
         self._rearrange = False
         self._path = _temp_path(folder)
         #: mappings of what lies behind the first plan's end, with where each starts
@@ -107,17 +108,17 @@ class StagedEntry:
         """Length of the file as planned."""
         return self._end
 
-    def replace(self, old: Iterable[str], new: Iterable[Slot]) -> None:
+    def replace(self, old: Iterable[str], new: Mapping[str, Slot]) -> None:
         """Plan a tensor anew, once its values turned out not to fit the plan; the file is rearranged when published.
 
         Raises:
             CacheError: there is no room; nothing is changed then.
         """
         with self._lock:
-            end, placed = self._end, list[tuple[Slot, int]]()
-            for slot in new:
-                placed.append((slot, -(-end // _MAP_ALIGNMENT) * _MAP_ALIGNMENT))
-                end = placed[-1][1] + slot.nbytes
+            end, placed = self._end, dict[str, int]()
+            for key, slot in new.items():
+                placed[key] = -(-end // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+                end = placed[key] + slot.nbytes
             if end > self._length:
                 # by more than is needed: every mapping takes a descriptor, and one should do for many tensors
                 length = end + max(_EXTENSION, end - self._main_nbytes)
@@ -127,10 +128,10 @@ class StagedEntry:
                     raise store_error("cannot extend the staged file", error) from error
                 self._length = length
             for key in old:
-                del self.slots[key], self.offsets[key], self._digests[key]
-            for slot, start in placed:
-                self.slots[slot.key], self.offsets[slot.key] = slot, start
-                self._digests[slot.key] = [None] * slot.chunks
+                del self.slots[key], self.offsets[key]
+                self._digests.pop(key, None)
+            self.slots |= new
+            self.offsets |= placed
             self._end, self._rearrange = end, True
 
     def write(self, key: str, position: int, buffer: Any, found: bytes = b"") -> None:
@@ -166,8 +167,15 @@ class StagedEntry:
 
     def wrote(self, key: str, position: int, found: Sequence[bytes]) -> None:
         """Remember the digests of pieces that were written, one behind the other."""
-        first = position // self.slots[key].chunk
-        self._digests[key][first : first + len(found)] = found
+        slot, together = self.slots[key], b"".join(found)
+        if len(found) == slot.chunks:
+            self._digests[key] = together
+            return
+        digests = self._digests.setdefault(key, bytearray(_DIGEST * slot.chunks))
+        if isinstance(digests, bytes):
+            digests = self._digests[key] = bytearray(digests)
+        first = _DIGEST * (position // slot.chunk)
+        digests[first : first + len(together)] = together
 
     def refused(self, error: OSError) -> CacheError:
         """Return what it means that a piece could not be written."""
@@ -209,18 +217,20 @@ class StagedEntry:
             CacheError: a tensor is incomplete, or the disk refused; nothing is visible then.
         """
         self._map_replaced()
-        missing = [key for key, pieces in self._digests.items() if None in pieces or len(pieces) != self.slots[key].chunks]
+        pieces = {key: self._pieces(key, slot) for key, slot in self.slots.items()}
+        missing = [key for key, found in pieces.items() if found is None]
         if missing:
             raise CacheError(f"{len(missing)} tensors were not written completely, the first is {missing[0]!r}")
-        digests = {key: combine([p for p in pieces if p is not None]) for key, pieces in self._digests.items()}
+        digests = {key: combine([found]) for key, found in pieces.items() if found is not None}
+        pieces.clear()
         details = {"document": document, "records": records, "built": built}
         try:
             header = None
             if not self._rearrange:
                 with contextlib.suppress(ValueError):  # records grew beyond the slack
-                    header = build_header(self.slots.values(), digests, length=self._header_nbytes, **details)
+                    header = build_header(self.slots, digests, length=self._header_nbytes, **details)
             if header is None:
-                header = self._rewrite(build_header(self.slots.values(), digests, **details))
+                header = self._rewrite(build_header(self.slots, digests, **details))
             _write_all(self._descriptor, memoryview(header), 0)
             announce(self._path.name)
             self._sync()
@@ -238,6 +248,16 @@ class StagedEntry:
         self._close()
         return nbytes
 
+    def _pieces(self, key: str, slot: Slot) -> bytes | None:
+        """Return the digests of a tensor's pieces, one behind the other; None if one is missing."""
+        found = self._digests.get(key, b"")
+        if len(found) != _DIGEST * slot.chunks:
+            return None
+        if isinstance(found, bytes):
+            return found
+        pieces = bytes(found)
+        return None if _UNWRITTEN in (pieces[at : at + _DIGEST] for at in range(0, len(pieces), _DIGEST)) else pieces
+
     def _sync(self) -> None:
         try:
             with span("sync", self._end):
@@ -250,7 +270,7 @@ class StagedEntry:
 
     def _rewrite(self, header: bytearray) -> bytearray:
         """Copy the tensors to where they belong, into a second file that takes this one's place."""
-        offsets, data_nbytes = arrange(self.slots.values())
+        offsets, data_nbytes = arrange(self.slots)
         path = self._second = _temp_path(self._path.parent)
         descriptor = _create(path, self._access)
         try:

@@ -26,8 +26,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -36,7 +35,7 @@ from quantcache.cache.key import Streamed, canonical, combine, digest
 from quantcache.errors import CorruptEntryError, StoreTooNewError
 from quantcache.once import once
 
-__all__ = ["EntryHeader", "Slot", "arrange", "build_header", "parse_header", "reserve_header", "slot_digest"]
+__all__ = ["EntryHeader", "Slot", "arrange", "build_header", "is_plain", "parse_header", "reserve_header", "slot_digest", "stated_nbytes"]
 
 #: How headers are laid out. Of a header of a later layout, this program says that it is newer, leaves it alone, and builds for itself.
 LAYOUT = 2
@@ -58,10 +57,9 @@ _KIND = 64
 
 @dataclass(slots=True)  # a frozen one takes four times as long to make, and a hit makes hundreds
 class Slot:
-    """Describe one tensor of an entry file; nobody changes it.
+    """Describe tensors of an entry file that are alike, but for their names; nobody changes it.
 
     Args:
-        key: its name in the file.
         dtype: element type.
         shape: of the stored array.
         chunk: bytes of a piece of the digest; at least 1.
@@ -69,7 +67,6 @@ class Slot:
         nbytes: stored size, if it is known.
     """
 
-    key: str
     dtype: str
     shape: tuple[int, ...]
     chunk: int
@@ -87,46 +84,52 @@ class Slot:
         return -(-self.nbytes // self.chunk)
 
 
-def arrange(slots: Iterable[Slot]) -> tuple[dict[str, int], int]:
+def arrange(slots: Mapping[str, Slot], start: int = 0) -> tuple[dict[str, int], int]:
     """Place slots without holes so that each starts at a multiple of 64 bytes, or at least of its element size.
 
     By layer: first whole pages, then what is a multiple of 64 bytes, by falling element size. Ragged ones (a bias of
     65 halves, a single byte) would misalign all that follow: they stand at the end of the file, by falling element size.
 
     Args:
-        slots: in any order; it makes no difference, since threads may have planned some of them anew.
+        slots: by key, in any order; it makes no difference, since threads may have planned some of them anew.
+        start: where the data section begins.
 
     Returns:
-        key -> offset in the data section, and the section's length.
+        key -> offset in the file, and where the section ends.
     """
-
-    def place(slot: Slot) -> tuple[int, int, int, int, str]:
-        itemsize, ragged = _ITEMSIZE[slot.dtype], slot.nbytes % 64 != 0 or slot.nbytes == 0
-        if ragged:
-            return 1, -itemsize, slot.layer, 0, slot.key
-        return 0, slot.layer, int(slot.nbytes % ALIGNMENT != 0), -itemsize, slot.key
-
+    # what is alike is placed as one: thousands of small steps take milliseconds that a caller waits for
+    placed: dict[tuple[int, int, int, int], list[str]] = {}
+    keys_of: dict[int, list[str]] = {}
+    for key, slot in slots.items():
+        keys = keys_of.get(id(slot))
+        if keys is None:
+            keys = keys_of[id(slot)] = placed.setdefault(_place(slot), [])
+        keys.append(key)
     offsets: dict[str, int] = {}
-    position = 0
-    for slot in sorted(slots, key=place):
-        offsets[slot.key] = position
-        position += slot.nbytes
+    position = start
+    for place in sorted(placed):
+        for key in sorted(placed[place]):
+            offsets[key] = position
+            position += slots[key].nbytes
     return offsets, position
 
 
+def _place(slot: Slot) -> tuple[int, int, int, int]:
+    """Return what comes before what in a file; what is equal is in the order of the keys."""
+    itemsize, ragged = _ITEMSIZE[slot.dtype], slot.nbytes % 64 != 0 or slot.nbytes == 0
+    return (1, -itemsize, slot.layer, 0) if ragged else (0, slot.layer, int(slot.nbytes % ALIGNMENT != 0), -itemsize)
+
+
 class _Slots(Mapping[str, Slot]):
-    """Make the slots of a header when they are asked for: a model has thousands, of which a caller may want one."""
+    """Find the slots of a header when they are asked for: a model has thousands, of which a caller may want one."""
 
     def __init__(self, header: EntryHeader) -> None:
         # not the header itself, which has this: both go when nobody has them, and not when Python looks for circles
-        self._numbers, self._kinds, self._kind = header.numbers, header.kinds, header.kind
-        self._made: dict[str, Slot] = {}
+        self._numbers, self._kind = header.numbers, header.kind
+        self._slots = [Slot(*kind) for kind in header.kinds]
 
     def __getitem__(self, key: str) -> Slot:
-        found = self._made.get(key)
-        if found is None:
-            found = self._made[key] = Slot(key, *self._kinds[self._kind[self._numbers[key]]])
-        return found
+        return self._slots[self._kind[self._numbers[key]]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
@@ -184,7 +187,7 @@ class EntryHeader:
 
 
 def build_header(
-    slots: Iterable[Slot],
+    slots: Mapping[str, Slot],
     digests: Mapping[str, str],
     *,
     document: Any,
@@ -195,7 +198,7 @@ def build_header(
     """Return length and header of an entry file.
 
     Args:
-        slots: all tensors.
+        slots: all tensors, by key.
         digests: key -> hex.
         document: the key document.
         records: what the caller wants back with a hit.
@@ -205,19 +208,18 @@ def build_header(
     Raises:
         ValueError: it does not fit `length`.
     """
-    slots = list(slots)
-    offsets, _ = arrange(slots)
-    slots.sort(key=lambda slot: (offsets[slot.key], slot.nbytes))
-    kinds = {kind: number for number, kind in enumerate(dict.fromkeys(map(_kind, slots)))}
-    numbers = [kinds[_kind(slot)] for slot in slots]
+    offsets, _ = arrange(slots)  # in their order
+    placed = [slots[key] for key in offsets]
+    kinds = {kind: number for number, kind in enumerate(dict.fromkeys(map(_kind, placed)))}
+    numbers = [kinds[_kind(slot)] for slot in placed]
     own = {
         "container": LAYOUT,
         "document": document,
         "slots": {
-            "keys": [slot.key for slot in slots],
+            "keys": list(offsets),
             "kinds": list(kinds),
             "kind": numbers,
-            "digests": "".join([digests[slot.key] for slot in slots]),
+            "digests": "".join([digests[key] for key in offsets]),
         },
         "records": records,
         "built": dict(built),
@@ -227,9 +229,8 @@ def build_header(
     # as json.dumps would have it, which needs three objects a tensor for it
     opening = [f':{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":[' for dtype, shape, _ in kinds]
     members = [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}']
-    for slot, number in zip(slots, numbers, strict=True):
-        begin = offsets[slot.key]
-        members.append(f"{json.dumps(slot.key)}{opening[number]}{begin},{begin + slot.nbytes}]}}")
+    for (key, begin), slot, number in zip(offsets.items(), placed, numbers, strict=True):
+        members.append(f"{json.dumps(key)}{opening[number]}{begin},{begin + slot.nbytes}]}}")
     text = f"{{{','.join(members)}}}".encode()
     members.clear()
     if length is None:
@@ -261,25 +262,35 @@ def _stated_at(head: bytes | bytearray) -> int:
     return place + len(_STATED)
 
 
-def reserve_header(slots: Iterable[Slot], *, records: Any) -> int:
+def stated_nbytes(what: Any) -> int:
+    """Return what plain JSON takes as a part of a header, where it stands in a string."""
+    text = canonical(what)
+    return len(text) + text.count('"') + text.count("\\")
+
+
+def is_plain(text: str) -> bool:
+    """Return whether JSON has a text as it is, and one character takes one byte."""
+    return text.isascii() and text.isprintable() and '"' not in text and "\\" not in text
+
+
+def reserve_header(slots: Mapping[str, Slot], *, records_nbytes: int) -> int:
     """Return the length to keep free for a header whose digests, document and history are not known yet.
 
     Args:
-        slots: as planned.
-        records: as planned; what may be added to it later must fit the slack of 4 KiB and 1/16.
+        slots: as planned, by key.
+        records_nbytes: what records take, as planned (`stated_nbytes`); what may be added to them later must fit the slack of 4 KiB and 1/16.
     """
     # from lengths alone, and of all slots at once: thousands of small steps take milliseconds that a caller waits for
-    slots = list(slots)
-    described = canonical(records)
-    nbytes = len(described) + described.count('"') + described.count("\\")
-    keys = "".join([slot.key for slot in slots])
-    if keys.isascii() and keys.isprintable() and '"' not in keys and "\\" not in keys:
+    keys, nbytes = "".join(slots), records_nbytes
+    if is_plain(keys):
         nbytes += 2 * len(keys)
     else:
-        nbytes += sum(len(json.dumps(slot.key)) + len(json.dumps(json.dumps(slot.key))) for slot in slots)
-    kinds = Counter(map(_kind, slots))
-    shapes = {kind: len(str(kind[1])) for kind in kinds}
-    nbytes += sum(count * shapes[kind] for kind, count in kinds.items()) + sum(shapes.values()) + _KIND * len(kinds) + _ENTRY * len(slots)
+        nbytes += sum(len(json.dumps(key)) + len(json.dumps(json.dumps(key))) for key in slots)
+    alike = {id(slot): slot for slot in slots.values()}
+    lengths = {number: len(str(slot.shape)) for number, slot in alike.items()}
+    kinds = set(map(_kind, alike.values()))
+    nbytes += sum([lengths[id(slot)] for slot in slots.values()]) + _ENTRY * len(slots)
+    nbytes += sum([_KIND + len(str(shape)) for _, shape, _ in kinds])
     return -(-(nbytes + nbytes // 16 + 4096 + 512) // ALIGNMENT) * ALIGNMENT
 
 

@@ -308,18 +308,21 @@ class Cache:
         except OSError:
             return locks.Lock()  # two writers waste work then, and never mix bytes
 
-    def stage(self, slots: Iterable[Slot], records: Any) -> StagedEntry:
+    def stage(self, slots: Mapping[str, Slot], records_nbytes: int = 0) -> StagedEntry:
         """Reserve room for an entry, evicting others within the limits.
+
+        Args:
+            slots: the tensors, by key; those that are alike may share one.
+            records_nbytes: what records will take, if that is more than a few hundred bytes: see `container.stated_nbytes`.
 
         Raises:
             CacheError: there is no room, or the store cannot be written.
         """
         self._writable()
-        slots = list(slots)
         try:
             remove_stale(self.folder / "tmp")
-            self.make_room(sum(slot.nbytes for slot in slots))
-            return StagedEntry(self.folder / "tmp", slots, records, self.access)
+            self.make_room(sum([slot.nbytes for slot in slots.values()]))
+            return StagedEntry(self.folder / "tmp", slots, records_nbytes, self.access)
         except OSError as error:
             raise store_error(f"cannot make room in {self.root}", error) from error
 
@@ -403,7 +406,7 @@ class Cache:
 
         Args:
             document: plain JSON; everything that the bytes depend on.
-            build: called with `stage(slots, records)`; must return (staged, records) with every slot written.
+            build: called with `stage(slots, records_nbytes)`; must return (staged, records) with every slot written.
 
         Raises:
             CacheError: it could not be stored.
@@ -419,8 +422,8 @@ class Cache:
             start = time.monotonic()
             made: list[StagedEntry] = []
 
-            def stage(slots: Iterable[Slot], records: Any) -> StagedEntry:
-                made.append(self.stage(slots, records))
+            def stage(slots: Mapping[str, Slot], records_nbytes: int = 0) -> StagedEntry:
+                made.append(self.stage(slots, records_nbytes))
                 return made[-1]
 
             try:

@@ -102,7 +102,7 @@ def _tensor(source: Source, job: Job, target: _Comparison, records: dict[str, An
     """Quantize one tensor again; it may be stored in a later way only if its values refuse every earlier one."""
     scratch, slots = Scratch(), target.entry.header.slots
     record = records.get(job.info.name, {})
-    while record.get("codec") != job.decision.codec or not all(_same(slot, slots.get(slot.key)) for slot in job.slots):
+    while record.get("codec") != job.decision.codec or not all(_same(slot, slots.get(key)) for key, slot in job.slots.items()):
         status = encode_all(source, job, scratch, id)  # nothing is compared
         if status == Status.OK:
             raise _DifferenceError(f"tensor {job.info.name!r} is not stored as its source asks for")

@@ -11,8 +11,8 @@ import threading
 import time
 import weakref
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import chain, count, repeat
 from types import MappingProxyType
 from typing import Any
@@ -49,10 +49,10 @@ class Memory:
     def __init__(self) -> None:
         self._arrays: dict[str, Array] = {}
 
-    def add(self, slots: Sequence[Slot]) -> None:
+    def add(self, slots: Mapping[str, Slot]) -> None:
         """Make room."""
-        for slot in slots:
-            self._arrays[slot.key] = np.empty(slot.nbytes, np.uint8)
+        for key, slot in slots.items():
+            self._arrays[key] = np.empty(slot.nbytes, np.uint8)
 
     def place(self, key: str, position: int) -> tuple[Array, int]:
         """Return what a piece is in, and the address where it belongs, for those who copy it there themselves."""
@@ -163,7 +163,7 @@ class Build:
         with self.bringing:
             if not task.away:
                 return
-            source, job = self.source, replace(task.job)
+            source, job = self.source, task.job.again()
             status = encode_all(source, job, Scratch(), lambda piece: task.target.write(piece.key, piece.position, piece.buffer))
             if status != Status.OK:
                 raise CodecError(f"tensor {job.info.name!r} was quantized elsewhere, and cannot be here: {status!r}")

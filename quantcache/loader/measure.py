@@ -107,7 +107,7 @@ def floor(path: str | os.PathLike[str], folder: Path, *, threads: int = 1, **wan
     jobs = [(source, job) for source in sources for job in plan(source, request)]
     tiles = [(source, job, start) for source, job in jobs for start in job.tiles]
     source_nbytes = sum(job.info.nbytes for _, job in jobs)
-    stored_nbytes = sum(slot.nbytes for _, job in jobs for slot in job.slots)
+    stored_nbytes = sum(slot.nbytes for _, job in jobs for slot in job.slots.values())
     if not tiles:
         return Floor(0.0, 0.0, 0.0, source_nbytes, stored_nbytes)
     step = max(1, len(tiles) // (_SAMPLES * threads))

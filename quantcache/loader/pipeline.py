@@ -15,7 +15,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import quantcache
@@ -458,7 +458,7 @@ class Pipeline:
                     _warn(f"{build.source.path.name}: tensor {shorten(job.info.name)} is kept as {job.info.dtype}: "
                           f"{task.job.decision.reason}")  # fmt: skip
                 if isinstance(task.target, StagedEntry):
-                    task.target.replace([slot.key for slot in job.slots], task.job.slots)
+                    task.target.replace(job.keys, task.job.slots)
                 else:
                     build.memory.add(task.job.slots)
         except CacheError as error:
@@ -466,7 +466,7 @@ class Pipeline:
         if isinstance(refused, CacheError):
             self._unsaved(build, refused)
             build.memory.add(task.job.slots)
-            task.job, task.target = replace(task.job), build.memory
+            task.job, task.target = task.job.again(), build.memory
         job.kept = None  # nobody asks for it any more
         with self._lock:
             self._done_nbytes -= task.counted

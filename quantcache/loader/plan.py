@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantcache.cache.container import Slot
+from quantcache.cache.container import Slot, is_plain, stated_nbytes
 from quantcache.cache.key import CONTAINER_VERSION, canonical, digest
 from quantcache.errors import CodecError
 from quantcache.loader.changes import Change
@@ -23,7 +23,7 @@ from quantcache.quant.codec import Encoder, Part, Status, codec
 from quantcache.quant.floats import from_f32
 from quantcache.tensor import ITEMSIZE, TensorInfo
 
-__all__ = ["TILE", "Job", "Kind", "Request", "layer_key", "native_names", "plan"]
+__all__ = ["TILE", "Job", "Kind", "Request", "layer_key", "native_names", "plan", "records_nbytes", "slots_of"]
 
 Array = NDArray[Any]
 
@@ -131,7 +131,7 @@ class Kind:
         collects: each needs an encoder of its own.
         encoder: what all share, with the ends of names for keys; None if copied, or if each needs its own.
         parts: the stored arrays, with the ends of names for keys.
-        slots: for each part, the end of its key, and dtype, shape, chunk and bytes of its slot.
+        endings: for each part, the end of its key.
         patterns: the calls of tiles; see quantcache.loader.pattern.
     """
 
@@ -158,9 +158,18 @@ class Kind:
                 rows = math.lcm(multiple, info.size // max(1, info.shape[0]) or 1)
                 multiple = rows if rows <= TILE else multiple
             self.tile, self.unit = max(1, TILE // multiple) * multiple, multiple
-        self.slots = [(part.key, part.dtype, part.shape, self._chunk(part) or 1, part.nbytes) for part in self.parts]
+        self.endings = tuple(part.key for part in self.parts)
+        self._slots: dict[int, tuple[Slot, ...]] = {}
         #: bytes that are made of the source's, and not the source's own
         self.made_nbytes = 0 if self.copies else sum(part.nbytes for part in self.parts)
+
+    def slots(self, layer: int) -> tuple[Slot, ...]:
+        """Return the slots of the parts of all tensors of a layer."""
+        found = self._slots.get(layer)
+        if found is None:
+            found = tuple(Slot(part.dtype, part.shape, self._chunk(part) or 1, layer, part.nbytes) for part in self.parts)
+            self._slots[layer] = found
+        return found
 
     def own_encoder(self) -> Encoder:
         """Return a new encoder."""
@@ -178,16 +187,16 @@ class Kind:
         return (self._info.dtype, "F32") if self._info.dtype in ("F16", "BF16") else ("F32",)
 
     @once
-    def whole(self) -> list[tuple[str, Array, int, bytes]]:
-        """What is stored of each tensor beside its tiles, the same for all: part, bytes, their address and their digest."""
-        found = []
+    def whole(self) -> list[tuple[int, Array, int, bytes]]:
+        """What is stored of each tensor beside its tiles, the same for all: number of the part, bytes, their address and their digest."""
+        found, numbers = [], {part.name: number for number, part in enumerate(self.parts)}
         for name, array in self.encoder.finish().items() if self.encoder is not None else ():
             raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            found.append((name, raw, native.address(raw), digest(raw)))
+            found.append((numbers[name], raw, native.address(raw), digest(raw)))
         return found
 
 
-@dataclass
+@dataclass(slots=True)  # a plan makes thousands
 class Job:
     """Plan one tensor: its encoder, its slots, and how it is cut into tiles.
 
@@ -198,6 +207,12 @@ class Job:
         variant: index into the codec's variants.
         changes: what adapters do to it.
         shared: its kind, if others have made it.
+
+    Attributes:
+        kind: what it shares with others.
+        encoder: None if the source's bytes are copied.
+        keys: of its parts, in their order.
+        kept: what a quantizer keeps of the result.
     """
 
     info: TensorInfo
@@ -205,24 +220,40 @@ class Job:
     layer: int
     variant: int = 0
     changes: tuple[Change, ...] = ()
-    shared: Kind | None = None
+    shared: InitVar[Kind | None] = None
+    kind: Kind = field(init=False)
+    encoder: Encoder | None = field(init=False)
+    keys: tuple[str, ...] = field(init=False)
+    kept: Any = field(init=False, default=None)
 
-    def __post_init__(self) -> None:
-        """Make the slots."""
-        self.kind = kind = self.shared or Kind(
+    def __post_init__(self, shared: Kind | None) -> None:
+        """Name the parts."""
+        self.kind = kind = shared or Kind(
             self.info, self.decision.codec, self.decision.exponent, self.variant, changed=bool(self.changes)
         )
-        self.copies, self.as_stored, self.size, self.tile = kind.copies, kind.as_stored, kind.size, kind.tile
-        #: what a quantizer keeps of the result
-        self.kept: Any = None
-        #: None if the source's bytes are copied
         self.encoder = kind.own_encoder() if kind.collects else kind.encoder
-        stem, layer, made = self.info.name.removesuffix(_WEIGHT), self.layer, []
-        for ending, dtype, shape, chunk, nbytes in kind.slots:  # a plan makes thousands: no generator
-            made.append(Slot(stem + ending, dtype, shape, chunk, layer, nbytes))
-        self.slots = tuple(made)
-        #: part -> its key
-        self.parts = {part.name: slot.key for part, slot in zip(kind.parts, made, strict=True)}
+        stem = self.info.name.removesuffix(_WEIGHT)
+        self.keys = tuple([stem + ending for ending in kind.endings])
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.kind.size
+
+    @property
+    def tile(self) -> int:
+        """Weights of a tile; the last may have fewer."""
+        return self.kind.tile
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """What is stored, by key."""
+        return dict(zip(self.keys, self.kind.slots(self.layer), strict=True))
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Keys by part."""
+        return {part.name: key for part, key in zip(self.kind.parts, self.keys, strict=True)}
 
     @property
     def tiles(self) -> range:
@@ -245,7 +276,11 @@ class Job:
             reason = "it holds a value beyond float16's range"
         kept = Job(self.info, Decision("keep", self.decision.exponent, reason), self.layer, 0, self.changes)
         # what was changed cannot be the source's bytes: float32 holds all of it
-        return kept if kept.copies else Job(kept.info, kept.decision, kept.layer, len(kept.kind.variants) - 1, kept.changes)
+        return kept if kept.kind.copies else Job(kept.info, kept.decision, kept.layer, len(kept.kind.variants) - 1, kept.changes)
+
+    def again(self) -> Job:
+        """Return the same, of which nothing was done."""
+        return replace(self, shared=self.kind)
 
     def record(self) -> dict[str, Any]:
         """Return what the entry says about the tensor."""
@@ -284,13 +319,37 @@ def plan(source: Source, request: Request) -> list[Job]:
         jobs.append(job)
     taken = {info.name for info, _ in decided}
     for position, job in enumerate(jobs):
-        extra = {slot.key for slot in job.slots} - {job.info.name}
-        if extra & taken:
+        extra = set(job.keys)
+        extra.discard(job.info.name)
+        if not extra.isdisjoint(taken):
             reason = f"the file has a tensor {min(extra & taken)!r} already"
             jobs[position] = Job(job.info, Decision("keep", job.decision.exponent, reason), job.layer, changes=job.changes)
         else:
             taken |= extra
     return sorted(jobs, key=lambda job: job.layer)
+
+
+def slots_of(jobs: Iterable[Job]) -> dict[str, Slot]:
+    """Return what jobs store, by key."""
+    found: dict[str, Slot] = {}
+    for job in jobs:
+        found.update(zip(job.keys, job.kind.slots(job.layer), strict=True))
+    return found
+
+
+def records_nbytes(jobs: Sequence[Job]) -> int:
+    """Return what the records of jobs will take in a header; see `container.reserve_header`."""
+    if not is_plain("".join([job.info.name for job in jobs])):
+        return stated_nbytes([job.record() for job in jobs])
+    nbytes, seen = 0, dict[Any, tuple[int, int]]()
+    for job in jobs:  # records of a kind differ by the names in them
+        alike = id(job.kind), job.decision.reason, job.info.transposed, len(job.changes)
+        names = 1 + len(job.keys)
+        if alike not in seen:
+            seen[alike] = stated_nbytes(job.record()) + 1 - names * len(job.info.name), names
+        rest, names = seen[alike]
+        nbytes += rest + names * len(job.info.name)
+    return nbytes + 2
 
 
 def native_names(tensors: Iterable[TensorInfo], request: Request) -> list[TensorInfo]:

@@ -66,7 +66,7 @@ def preview(
         jobs = {job.info.name: job for job in plan(source, request)}
         for info in source.tensors.values():
             decision = jobs[info.name].decision if info.name in jobs else request.decide(info)
-            stored = sum(slot.nbytes for slot in jobs[info.name].slots) if info.name in jobs else info.nbytes
+            stored = sum(slot.nbytes for slot in jobs[info.name].slots.values()) if info.name in jobs else info.nbytes
             found.append(
                 TensorPreview(
                     source.path.name, info.name, info.dtype, list(info.view_shape), info.nbytes, decision.codec, stored,

@@ -91,6 +91,8 @@ class Recipe:
             (start, re.compile("|".join(f"({fnmatch.translate(rule.pattern)})" for rule in self.rules[start : start + _TOGETHER])).match)
             for start in range(0, len(self.rules), _TOGETHER)
         ]
+        #: what was decided for the first tensor of a kind is so for all: a model has thousands, of a dozen kinds
+        self._decided: dict[tuple[Any, ...], Decision] = {}
         used = [rule.codec for rule in self.rules if rule.codec not in (OTHER, "keep")]
         self.label = label or "+".join(dict.fromkeys(used)) or "native"
 
@@ -168,7 +170,15 @@ class Recipe:
             tensor: of the source.
             merged: an adapter changes it, so that it cannot pass through.
         """
-        rule = self._rule(tensor.name)
+        number = self._first(tensor.name)
+        alike = number, tensor.dtype, tensor.shape, tensor.nbytes, tensor.transposed, merged
+        found = self._decided.get(alike)
+        if found is None:
+            found = self._decided[alike] = self._decide(None if number < 0 else self.rules[number], tensor, merged=merged)
+        return found
+
+    def _decide(self, rule: Rule | None, tensor: TensorInfo, *, merged: bool) -> Decision:
+        """Decide for a tensor by its rule, type and shape: nothing here may look at its name."""
         wanted = rule if rule and rule.codec not in (OTHER, "keep") and not tensor.transposed else None
         exponent = rule.exponent if rule else 0
         if tensor.is_block:
@@ -193,12 +203,12 @@ class Recipe:
             return Decision("keep", exponent, reason)
         return Decision("f16", exponent, reason)
 
-    def _rule(self, name: str) -> Rule | None:
-        """Return the first rule that matches."""
+    def _first(self, name: str) -> int:
+        """Return the number of the first rule that matches, -1 if none does."""
         for start, match in self._firsts:
             if (found := match(name)) is not None and found.lastindex is not None:
-                return self.rules[start + found.lastindex - 1]
-        return None
+                return start + found.lastindex - 1
+        return -1
 
     def _decide_block(self, tensor: TensorInfo, wanted: Rule | None, exponent: int, *, must_change: bool) -> Decision:
         if not tensor.is_known:

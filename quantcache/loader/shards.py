@@ -25,7 +25,7 @@ from quantcache.loader.ahead import Check, Pool, Stored, read_ahead
 from quantcache.loader.build import Build, Memory, Task
 from quantcache.loader.digests import known_digest, source_digest
 from quantcache.loader.pipeline import Pipeline, Progress, default_threads
-from quantcache.loader.plan import Job, Request, native_names, plan
+from quantcache.loader.plan import Job, Request, native_names, plan, records_nbytes, slots_of
 from quantcache.loader.source import Source, is_plain
 from quantcache.loader.tiles import Quantizer
 from quantcache.once import once
@@ -176,7 +176,7 @@ class Shard:
         if bring and task.away:
             self.build.bring(task)
         job, target = task.job, task.target
-        return job.record(), {slot.key: _array(slot, target) for slot in job.slots}
+        return job.record(), {key: _array(key, slot, target) for key, slot in job.slots.items()}
 
     def described(
         self, name: str, *, wait: bool = True
@@ -198,7 +198,7 @@ class Shard:
         assert pipeline is not None
         task = pipeline.wait_for(build, name) if wait else build.tasks[name]
         job, target = task.job, task.target
-        return job.record(), {slot.key: slot for slot in job.slots}, target.offsets, (job, target)
+        return job.record(), job.slots, target.offsets, (job, target)
 
     def replace(self, cache: Cache, why: str, run: Callable[[list[Build]], Pipeline], *, store: bool) -> None:
         """Move the entry that serves it out of the way, and serve it from another that is there by now, or build it again.
@@ -311,7 +311,7 @@ class Shard:
                         lock.release()
                         return
                     jobs = self._plan(first=first)
-                    staged = cache.stage([slot for job in jobs for slot in job.slots], [job.record() for job in jobs])
+                    staged = cache.stage(slots_of(jobs), records_nbytes(jobs))
                     self.build = Build(source, request, jobs, cache, staged, found, lock, stamp, seen_ns)
                     return
                 except CacheError as error:
@@ -377,7 +377,7 @@ def _unsaved(cache: Cache, source: Source, error: CacheError) -> None:
     cache.complain(f"{source.path.name} is loaded but not saved: {error.message}")
 
 
-def _array(slot: Slot, home: StagedEntry | Memory) -> Array:
+def _array(key: str, slot: Slot, home: StagedEntry | Memory) -> Array:
     """Return a tensor that was built, as one read-only array."""
     dtype = array_dtype(slot.dtype)
-    return np.ndarray(slot.shape, dtype, *home.where(slot.key)) if slot.nbytes else np.empty(slot.shape, dtype)
+    return np.ndarray(slot.shape, dtype, *home.where(key)) if slot.nbytes else np.empty(slot.shape, dtype)

@@ -325,7 +325,7 @@ def _repeated(
     pieces = []
     for place in found.pieces:
         lies, base, begins, step = homes[place.base]
-        key, position = job.slots[place.part].key, start // place.weights * place.itemsize
+        key, position = job.keys[place.part], start // place.weights * place.itemsize
         pieces.append(Piece(key, position, lies, base + place.offset, place.nbytes, begins + place.offset, times, step))
     arrays = []
     for number in range(times) if job.kind.collects else ():
@@ -400,7 +400,7 @@ def _encode_here(job: Job, start: int, raw: Array, work: Scratch, outputs: Scrat
     if status != Status.OK:
         return status, []
     for name, made in arrays.items():
-        if not job.as_stored and np.may_share_memory(made, widened):  # the thread's next tile will stand there
+        if not job.kind.as_stored and np.may_share_memory(made, widened):  # the thread's next tile will stand there
             arrays[name] = outputs.array(f"kept {name}", made.dtype, made.size)
             arrays[name][...] = made
     return Status.OK, _pieces(job, start, arrays, start)
@@ -409,10 +409,10 @@ def _encode_here(job: Job, start: int, raw: Array, work: Scratch, outputs: Scrat
 def _pieces(job: Job, start: int, arrays: Mapping[str, Array], first: int) -> list[Piece]:
     """Return the parts of a tile that are stored tile by tile, of arrays whose first weight is `first`."""
     pieces = []
-    for part, slot in zip(job.kind.parts, job.slots, strict=True):
+    for part, key in zip(job.kind.parts, job.keys, strict=True):
         if part.weights:
             at, begin, end = (weight // part.weights * ITEMSIZE[part.dtype] for weight in (start, start - first, start - first + job.tile))
-            pieces.append(Piece.of(slot.key, at, arrays[part.name].view(np.uint8).reshape(-1)[begin:end]))
+            pieces.append(Piece.of(key, at, arrays[part.name].view(np.uint8).reshape(-1)[begin:end]))
     return pieces
 
 
@@ -514,5 +514,6 @@ def whole_pieces(job: Job) -> list[Piece]:
     if job.encoder is None:
         return []
     if not job.kind.collects:
-        return [Piece(job.parts[name], 0, raw, 0, raw.size, address, digests=(found,)) for name, raw, address, found in job.kind.whole]
-    return [Piece.of(job.parts[name], 0, np.ascontiguousarray(array)) for name, array in job.encoder.finish().items()]
+        return [Piece(job.keys[number], 0, raw, 0, raw.size, address, digests=(found,)) for number, raw, address, found in job.kind.whole]
+    parts = job.parts
+    return [Piece.of(parts[name], 0, np.ascontiguousarray(array)) for name, array in job.encoder.finish().items()]

@@ -40,7 +40,7 @@ def widened(raw: Array, job: Job, start: int, scratch: Scratch) -> Array:
         SourceError: an adapter cannot be read.
     """
     info = job.info
-    if job.as_stored:
+    if job.kind.as_stored:
         return _elements(raw, info)
     wide = scratch.array("weights", np.float32, min(job.tile, job.size - start))
     with span("decode", raw.nbytes, info.name):
@@ -66,7 +66,7 @@ def prepare(raw: Array, job: Job, count: int, scratch: Scratch) -> tuple[Call | 
         count: of the weights.
     """
     info = job.info
-    if job.as_stored:
+    if job.kind.as_stored:
         found = _elements(raw, info)
         return (None, found) if found.flags.aligned else None
     if not info.is_block or job.changes or job.decision.exponent:

@@ -37,10 +37,10 @@ def put() -> Callable[..., StoredEntry]:
 
     def build_entry(cache: Cache, number: int, *, nbytes: int = 10_000, path: str = "") -> StoredEntry:
         arrays = _content(number, nbytes)
-        slots = [Slot("codes", "U8", (nbytes,), 4096), Slot("scales", "F16", (33,), 4096)]
+        slots = {"codes": Slot("U8", (nbytes,), 4096), "scales": Slot("F16", (33,), 4096)}
 
         def build(stage: Callable[..., StagedEntry]) -> tuple[StagedEntry, Any]:
-            staged = stage(slots, ["a record"])
+            staged = stage(slots)
             for start in range(0, nbytes, 4096):
                 staged.write("codes", start, arrays["codes"][start : start + 4096])
             staged.write("scales", 0, arrays["scales"].view(np.uint8))

@@ -15,6 +15,7 @@ import pytest
 
 from quantcache.cache.blobs import StagedEntry, StoredEntry, quarantine, remove_stale
 from quantcache.cache.container import Slot
+from quantcache.cache.key import digest
 from quantcache.errors import CacheError, CorruptEntryError
 
 DETAILS: dict[str, Any] = {"document": {"a": 1}, "records": ["r"], "built": {"seconds": 1}}
@@ -29,8 +30,8 @@ def _write(staged: StagedEntry, key: str, array: Any) -> None:
         staged.write(key, start, array[start : start + staged.slots[key].chunk])
 
 
-def _slots() -> list[Slot]:
-    return [Slot("a", "U8", (9000,), 4096), Slot("b", "U8", (64,), 4096, 1), Slot("empty", "F32", (0, 3), 4096)]
+def _slots() -> dict[str, Slot]:
+    return {"a": Slot("U8", (9000,), 4096), "b": Slot("U8", (64,), 4096, 1), "empty": Slot("F32", (0, 3), 4096)}
 
 
 def _view(staged: StagedEntry, key: str) -> memoryview:
@@ -47,7 +48,7 @@ def target(tmp_path: Path) -> Path:
 
 def test_publish(tmp_path: Path, target: Path) -> None:
     """Nothing is visible before publishing; afterwards all of it is, and views go on."""
-    staged = StagedEntry(tmp_path, _slots(), ["r"])
+    staged = StagedEntry(tmp_path, _slots())
     _write(staged, "a", _array(0, 9000))
     _write(staged, "b", _array(1, 64))
     view = _view(staged, "a")
@@ -63,7 +64,7 @@ def test_publish(tmp_path: Path, target: Path) -> None:
 
 def test_incomplete_is_refused(tmp_path: Path, target: Path) -> None:
     """A tensor of which a piece is missing is never published."""
-    staged = StagedEntry(tmp_path, _slots(), ["r"])
+    staged = StagedEntry(tmp_path, _slots())
     staged.write("a", 0, _array(0, 4096))
     staged.write("a", 8192, _array(0, 808))
     _write(staged, "b", _array(1, 64))
@@ -73,11 +74,26 @@ def test_incomplete_is_refused(tmp_path: Path, target: Path) -> None:
     staged.discard()
 
 
+def test_pieces_written_together_and_again(tmp_path: Path, target: Path) -> None:
+    """It is the last digest of a piece that counts, whether it was written with all others or alone."""
+    staged = StagedEntry(tmp_path, _slots())
+    _write(staged, "b", _array(1, 64))
+    for array in (_array(2, 9000), _array(3, 9000)):
+        for start in (0, 4096, 8192):
+            staged.write("a", start, array[start : start + 4096])
+        staged.wrote("a", 0, [digest(array[start : start + 4096]) for start in (0, 4096, 8192)])
+    staged.write("a", 4096, _array(4, 4096))
+    staged.publish(target, **DETAILS)
+    entry = StoredEntry("ab" * 16, target)
+    assert all(entry.intact(key) for key in ("a", "b", "empty"))
+    assert bytes(entry.view("a"))[4096:8192] == _array(4, 4096).tobytes()
+
+
 def test_discard(tmp_path: Path) -> None:
     """Discarding removes the file; what was handed out goes on, what was replaced too."""
-    staged = StagedEntry(tmp_path, _slots(), ["r"])
+    staged = StagedEntry(tmp_path, _slots())
     _write(staged, "a", _array(0, 9000))
-    staged.replace(["b"], [Slot("b", "F32", (16,), 4096, 1)])
+    staged.replace(["b"], {"b": Slot("F32", (16,), 4096, 1)})
     staged.write("b", 0, _array(2, 64))
     view = _view(staged, "a")
     staged.discard()
@@ -92,18 +108,18 @@ def test_replace_without_room(tmp_path: Path) -> None:
     """A file that cannot be made longer stays as it was, and so does what is planned: the next tensor is refused, too, and then has room."""
     import resource
 
-    staged = StagedEntry(tmp_path, _slots(), ["r"])
+    staged = StagedEntry(tmp_path, _slots())
     limit, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
         for key in ("a", "b"):
             with pytest.raises(CacheError, match="extend"):
-                staged.replace([key], [Slot(key, "F32", (3000,), 4096)])
+                staged.replace([key], {key: Slot("F32", (3000,), 4096)})
             assert staged.slots[key].dtype == "U8"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
-    staged.replace(["b"], [Slot("b", "F32", (3000,), 4096)])
+    staged.replace(["b"], {"b": Slot("F32", (3000,), 4096)})
     _write(staged, "b", _array(3, 12_000))
     assert bytes(_view(staged, "b")) == _array(3, 12_000).tobytes()
     staged.discard()
@@ -111,10 +127,10 @@ def test_replace_without_room(tmp_path: Path) -> None:
 
 def test_replace_then_publish(tmp_path: Path, target: Path) -> None:
     """A tensor that is planned anew is published in its new form, the others unharmed, the file without holes."""
-    staged = StagedEntry(tmp_path, _slots(), ["r"])
+    staged = StagedEntry(tmp_path, _slots())
     _write(staged, "b", _array(1, 64))
     staged.write("a", 0, _array(7, 4096))
-    staged.replace(["a"], [Slot("a", "F32", (3000,), 4096), Slot("a.scales", "F16", (5,), 4096)])
+    staged.replace(["a"], {"a": Slot("F32", (3000,), 4096), "a.scales": Slot("F16", (5,), 4096)})
     _write(staged, "a", _array(3, 12_000))
     staged.write("a.scales", 0, _array(4, 10))
     staged.publish(target, **DETAILS)
@@ -135,9 +151,9 @@ def test_order_of_replacing_does_not_matter(tmp_path: Path) -> None:
     for order in (("a", "b"), ("b", "a")):
         target = tmp_path / "entries" / "ab" / f"{order[0]}.safetensors"
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = StagedEntry(tmp_path, [Slot(key, "U8", (64,), 4096) for key in "ab"], [])
+        staged = StagedEntry(tmp_path, dict.fromkeys("ab", Slot("U8", (64,), 4096)))
         for key in order:
-            staged.replace([key], [Slot(key, "F32", (64,), 4096)])
+            staged.replace([key], {key: Slot("F32", (64,), 4096)})
         for key in "ab":
             staged.write(key, 0, _array(ord(key), 256))
         staged.publish(target, **DETAILS)
@@ -148,7 +164,7 @@ def test_order_of_replacing_does_not_matter(tmp_path: Path) -> None:
 
 def test_records_that_grew(tmp_path: Path, target: Path) -> None:
     """Records longer than the room kept for the header move the data, and lose nothing."""
-    staged = StagedEntry(tmp_path, _slots(), ["r"])
+    staged = StagedEntry(tmp_path, _slots())
     _write(staged, "a", _array(0, 9000))
     _write(staged, "b", _array(1, 64))
     staged.publish(target, document={}, records=["x" * 50_000], built={})
@@ -160,7 +176,7 @@ def test_records_that_grew(tmp_path: Path, target: Path) -> None:
 
 def test_failing_sync_of_the_folder(tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the rename cannot be made durable, publishing fails and nothing is visible, as promised."""
-    staged = StagedEntry(tmp_path, [Slot("a", "U8", (64,), 4096)], [])
+    staged = StagedEntry(tmp_path, {"a": Slot("U8", (64,), 4096)})
     staged.write("a", 0, _array(0, 64))
     real = os.fsync
     target.parent.mkdir()
@@ -183,7 +199,8 @@ import sys, time
 from pathlib import Path
 from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.container import Slot
-staged = StagedEntry(Path(sys.argv[1]), [Slot("a", "U8", (64,), 64)], [])
+from quantcache.cache.key import digest
+staged = StagedEntry(Path(sys.argv[1]), {"a": Slot("U8", (64,), 64)})
 print("ready", flush=True)
 time.sleep(600)
 """
@@ -191,7 +208,7 @@ time.sleep(600)
 
 def test_stale_files(tmp_path: Path) -> None:
     """A living writer's file stays, whoever asks; once it is killed, the file goes."""
-    own = StagedEntry(tmp_path, [Slot("a", "U8", (64,), 64)], [])
+    own = StagedEntry(tmp_path, {"a": Slot("U8", (64,), 64)})
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert other.stdout.readline() == "ready\n"
@@ -225,7 +242,7 @@ def test_stale_under_our_own_number(tmp_path: Path) -> None:
 
 def test_locked_file_stays_however_old(tmp_path: Path) -> None:
     """A lock counts more than age: a build that takes two days is alive."""
-    staged = StagedEntry(tmp_path, [Slot("a", "U8", (64,), 64)], [])
+    staged = StagedEntry(tmp_path, {"a": Slot("U8", (64,), 64)})
     (path,) = tmp_path.glob("*.tmp")
     os.utime(path, (1, 1))
     assert remove_stale(tmp_path) == []

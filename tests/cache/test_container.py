@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from quantcache.cache.container import (
     parse_header,
     reserve_header,
     slot_digest,
+    stated_nbytes,
 )
 from quantcache.cache.key import canonical, combine, digest
 from quantcache.cache.store import Cache
@@ -35,37 +37,49 @@ ITEMSIZE = {"U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "F32": 4, "U32": 4, "I64": 
 ODD = ["", '"', "\\", "é", "\n", "😀", '","quantcache.header":"']
 shapes = st.lists(st.integers(0, 70), max_size=3).map(tuple)
 slot_lists = st.lists(st.tuples(st.sampled_from(sorted(ITEMSIZE)), shapes, st.integers(0, 3)), max_size=12).map(
-    lambda found: [Slot(f"t{n}{ODD[n % len(ODD)]}", dtype, shape, 4096, layer) for n, (dtype, shape, layer) in enumerate(found)]
+    lambda found: {f"t{n}{ODD[n % len(ODD)]}": Slot(dtype, shape, 4096, layer) for n, (dtype, shape, layer) in enumerate(found)}
 )
 
 
 @given(slot_lists)
-def test_no_holes_and_aligned(slots: list[Slot]) -> None:
+def test_no_holes_and_aligned(slots: dict[str, Slot]) -> None:
     """Whatever the tensors, they follow each other without a hole, each at a multiple of its element size."""
     offsets, total = arrange(slots)
-    assert offsets.keys() == {slot.key for slot in slots}
+    assert offsets.keys() == slots.keys()
     end = 0
-    for slot in sorted(slots, key=lambda slot: (offsets[slot.key], slot.nbytes)):
-        assert offsets[slot.key] == end
-        assert end % ITEMSIZE[slot.dtype] == 0
-        end += slot.nbytes
-    assert end == total == sum(slot.nbytes for slot in slots)
+    for key, offset in offsets.items():  # in this order
+        assert offset == end
+        assert end % ITEMSIZE[slots[key].dtype] == 0
+        end += slots[key].nbytes
+    assert end == total == sum(slot.nbytes for slot in slots.values())
+
+
+@given(slot_lists, st.randoms(use_true_random=False))
+def test_order_is_nobodys(slots: dict[str, Slot], random: Random) -> None:
+    """In whatever order tensors come, and whether those that are alike share a slot or not, each has its place, by layer, type and name."""
+    keys = random.sample(sorted(slots), len(slots))
+    kinds = {repr(slot): slot for slot in slots.values()}
+    shared = {key: kinds[repr(slots[key])] for key in keys}
+    assert list(arrange(shared)[0].items()) == list(arrange(slots)[0].items())
+    assert arrange(slots, 4096)[0] == {key: 4096 + offset for key, offset in arrange(slots)[0].items()}
+    same = [key for key, offset in arrange(dict.fromkeys(keys, Slot("F16", (32,), 4096)))[0].items()]
+    assert same == sorted(keys)
 
 
 @given(slot_lists)
-def test_whole_lines_start_at_64_bytes(slots: list[Slot]) -> None:
+def test_whole_lines_start_at_64_bytes(slots: dict[str, Slot]) -> None:
     """A tensor of whole cache lines starts at one, however ragged the others are; those stand by layer."""
     offsets, _ = arrange(slots)
-    whole = [slot for slot in slots if slot.nbytes and slot.nbytes % 64 == 0]
-    assert all(offsets[slot.key] % 64 == 0 for slot in whole)
-    layers = [slot.layer for slot in sorted(whole, key=lambda slot: offsets[slot.key])]
+    whole = [key for key, slot in slots.items() if slot.nbytes and slot.nbytes % 64 == 0]
+    assert all(offsets[key] % 64 == 0 for key in whole)
+    layers = [slots[key].layer for key in sorted(whole, key=offsets.__getitem__)]
     assert layers == sorted(layers)
 
 
 @given(slot_lists, st.text(max_size=40))
-def test_header_reads_back(slots: list[Slot], text: str) -> None:
+def test_header_reads_back(slots: dict[str, Slot], text: str) -> None:
     """What was written comes back, data starts at a page, and the reserved length is enough."""
-    digests = {slot.key: f"{n:032x}" for n, slot in enumerate(slots)}
+    digests = {key: f"{n:032x}" for n, key in enumerate(slots)}
     details: dict[str, Any] = {"document": {"text": text}, "records": [text], "built": {"path": text}}
     head = build_header(slots, digests, **details)
     offsets, nbytes = arrange(slots)
@@ -74,8 +88,8 @@ def test_header_reads_back(slots: list[Slot], text: str) -> None:
     assert found.offsets == {key: len(head) + offset for key, offset in offsets.items()}
     assert (found.document, found.records, found.built) == tuple(details.values())
     assert {key: found.digest_of(key) for key in found.slots} == digests
-    assert {(slot.key, slot.dtype, slot.shape) for slot in found.slots.values()} == {
-        (slot.key, slot.dtype, slot.shape) for slot in slots
+    assert {(key, slot.dtype, slot.shape) for key, slot in found.slots.items()} == {
+        (key, slot.dtype, slot.shape) for key, slot in slots.items()
     }
     others = json.loads(head[8:])  # what every other reader goes by
     del others["__metadata__"]
@@ -83,7 +97,7 @@ def test_header_reads_back(slots: list[Slot], text: str) -> None:
     for key, entry in others.items():
         slot, begin = found.slots[key], found.offsets[key] - len(head)
         assert entry == {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [begin, begin + slot.nbytes]}
-    reserved = reserve_header(slots, records=[text])
+    reserved = reserve_header(slots, records_nbytes=stated_nbytes([text]))
     assert reserved <= 1.2 * len(head) + 100 * len(slots) + 2 * ALIGNMENT  # and it is no waste
     assert len(build_header(slots, digests, length=reserved, **details)) == reserved
 
@@ -91,7 +105,7 @@ def test_header_reads_back(slots: list[Slot], text: str) -> None:
 def test_header_that_does_not_fit() -> None:
     """A header longer than its place is refused, never cut."""
     with pytest.raises(ValueError, match="does not fit"):
-        build_header([], {}, document={}, records=["x" * 5000], built={}, length=4096)
+        build_header({}, {}, document={}, records=["x" * 5000], built={}, length=4096)
 
 
 def test_every_flipped_byte_of_a_header(store: Cache, put: Callable[..., StoredEntry]) -> None:
@@ -118,7 +132,7 @@ def test_length_of_the_file_is_exact(store: Cache, put: Callable[..., StoredEntr
 def test_newer_container(monkeypatch: pytest.MonkeyPatch) -> None:
     """A newer version is said to be newer, not to be damaged; a bit that is flipped there is damage."""
     monkeypatch.setattr(container, "LAYOUT", LAYOUT + 2)
-    newer = build_header([], {}, document={}, records=[], built={})
+    newer = build_header({}, {}, document={}, records=[], built={})
     monkeypatch.undo()
     with pytest.raises(StoreTooNewError):
         parse_header(newer, len(newer))
@@ -141,7 +155,7 @@ def test_newer_container(monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_columns_that_cannot_be(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
     """Columns that do not fit each other are damage, whatever the header's digest says; unchanged they are read."""
-    slots, digests = [Slot("a", "U8", (8,), 8), Slot("b", "U8", (8,), 8)], {"a": "0" * 32, "b": "1" * 32}
+    slots, digests = dict.fromkeys("ab", Slot("U8", (8,), 8)), {"a": "0" * 32, "b": "1" * 32}
 
     def changed(document: Any) -> str:
         return canonical({**document, "slots": {**document["slots"], **change}})
@@ -171,7 +185,7 @@ def test_digest_of_a_tensor(nbytes: int) -> None:
     """A tensor's digest is that of the digests of its pieces, wherever it lies."""
     raw = np.random.default_rng(nbytes).integers(0, 256, nbytes + 7, np.uint8).tobytes()
     pieces = [digest(raw[7 + start : 7 + min(start + 4096, nbytes)]) for start in range(0, nbytes, 4096)]
-    assert slot_digest(memoryview(raw), Slot("x", "U8", (nbytes,), 4096), 7) == combine(pieces)
+    assert slot_digest(memoryview(raw), Slot("U8", (nbytes,), 4096), 7) == combine(pieces)
 
 
 def test_link_is_no_entry(store: Cache, put: Callable[..., StoredEntry], tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ try:
         if cache.readonly:
             print("readonly", len(cache)); sys.exit()
         def build(stage):
-            staged = stage([Slot("x", "U8", (100,), 4096)], [])
+            staged = stage({"x": Slot("U8", (100,), 4096)})
             staged.write("x", 0, bytes(range(100)))
             return staged, []
         entry = cache.get_or_build({"by": int(sys.argv[2])}, build)
@@ -65,7 +65,7 @@ def _build(root: Path, **options: Any) -> StoredEntry:
 
     with Cache(root, keep_free="0", **options) as cache:
         def build(stage: Any) -> Any:
-            staged = stage([Slot("x", "U8", (100,), 4096)], [])
+            staged = stage({"x": Slot("U8", (100,), 4096)})
             staged.write("x", 0, bytes(range(100)))
             return staged, []
 

@@ -48,7 +48,7 @@ def test_get_or_build(store: Cache, content: Content) -> None:
 
     def build(stage: Callable[..., StagedEntry]) -> tuple[StagedEntry, Any]:
         calls.append(1)
-        staged = stage([Slot("codes", "U8", (5000,), 8192)], {"mine": True})
+        staged = stage({"codes": Slot("U8", (5000,), 8192)})
         staged.write("codes", 0, content(1, 5000)["codes"])
         return staged, {"mine": True}
 
@@ -70,7 +70,7 @@ def test_get_or_build_once_for_all_threads(tmp_path: Path, put: Put) -> None:
     def build(stage: Callable[..., StagedEntry]) -> tuple[StagedEntry, Any]:
         built.append(1)
         time.sleep(0.05)
-        staged = stage([Slot("x", "U8", (10,), 64)], [])
+        staged = stage({"x": Slot("U8", (10,), 64)})
         staged.write("x", 0, np.arange(10, dtype=np.uint8))
         return staged, []
 
@@ -97,7 +97,7 @@ def test_a_locked_file_of_the_dead_goes_later(store: Cache) -> None:
     def build(stage: Callable[..., StagedEntry]) -> tuple[StagedEntry, Any]:
         with dead.open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            staged = stage([Slot("x", "U8", (10,), 64)], [])
+            staged = stage({"x": Slot("U8", (10,), 64)})
             assert dead.exists()
         staged.write("x", 0, bytes(10))
         return staged, []
@@ -110,7 +110,7 @@ def test_failing_build_leaves_nothing(store: Cache) -> None:
     """A foreign loader's exception is its own; no temp file, no lock and no entry stay behind."""
 
     def build(stage: Callable[..., StagedEntry]) -> tuple[StagedEntry, Any]:
-        staged = stage([Slot("x", "U8", (10,), 64)], [])
+        staged = stage({"x": Slot("U8", (10,), 64)})
         staged.write("x", 0, bytes(10))
         raise RuntimeError("mine")
 
@@ -278,7 +278,7 @@ def test_readonly_refuses_changes(store: Cache, put: Put) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in store.root.rglob("*"))
     cache = Cache(store.root, readonly=True)
     for change in (
-        lambda: cache.stage([], []),
+        lambda: cache.stage({}),
         lambda: cache.pin(key),
         lambda: cache.unpin(key),
         lambda: cache.remove(key),
@@ -362,7 +362,7 @@ def test_what_is_announced_is_compared(store: Cache, content: Content) -> None:
             seen.append(entry is not None and entry.intact("codes") and bytes(entry.view("codes")) == data.tobytes())
         assert store.find(document) is None
 
-    staged = store.stage([Slot("codes", "U8", (10_000,), 10_000)], [])
+    staged = store.stage({"codes": Slot("U8", (10_000,), 10_000)})
     staged.write("codes", 0, data)
     store.publish(staged, document=document, records=[], built={}, announce=announced)
     assert seen == [True, False, False, False]

@@ -37,12 +37,12 @@ def content(name: str) -> dict[str, Any]:
 def make(cache: Cache, name: str, *, replaced: bool = False) -> StoredEntry:
     """Build an entry; `replaced` plans a tensor anew, so that the file is rearranged."""
     arrays = content(name)
-    slots = [Slot("codes", "U8", (9000,), 4096), Slot("scales", "F16", (33,), 4096)]
+    slots = {"codes": Slot("U8", (9000,), 4096), "scales": Slot("F16", (33,), 4096)}
 
     def build(stage: Any) -> tuple[StagedEntry, Any]:
-        staged = stage([slots[0], Slot("scales", "F32", (33,), 4096)] if replaced else slots, ["a record"])
+        staged = stage({**slots, "scales": Slot("F32", (33,), 4096)} if replaced else slots)
         if replaced:
-            staged.replace(["scales"], [slots[1]])
+            staged.replace(["scales"], {"scales": slots["scales"]})
         for start in range(0, 9000, 4096):
             staged.write("codes", start, arrays["codes"][start : start + 4096])
         staged.write("scales", 0, arrays["scales"].view(np.uint8))

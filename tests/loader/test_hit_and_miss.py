@@ -450,7 +450,7 @@ def test_documents_of_other_loaders(tmp_path: Path) -> None:
     from quantcache.cache.container import Slot
 
     def build(stage: Any) -> Any:
-        staged = stage([Slot("x", "U8", (3,), 3)], [])
+        staged = stage({"x": Slot("U8", (3,), 3)})
         staged.write("x", 0, b"abc")
         return staged, []
 

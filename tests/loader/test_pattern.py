@@ -77,7 +77,7 @@ def made(source: Source, jobs: list[Job], *, backwards: bool = False, behind: Di
 def alone(source: Source, job: Job, weights: NDArray[Any]) -> dict[str, bytes]:
     """Return what a tensor's own encoder makes of all of its weights at once, by the reference."""
     assert job.encoder is not None
-    encoder = codec(job.decision.codec).encoder(job.info.name, job.info.shape, job.info.dtype if job.as_stored else "F32", job.kind.variants[0])
+    encoder = codec(job.decision.codec).encoder(job.info.name, job.info.shape, job.info.dtype if job.kind.as_stored else "F32", job.kind.variants[0])
     _, arrays = encoder.reference(weights)
     arrays = dict(encoder.encoded(0, arrays)) | encoder.finish()
     return {part.key: np.ascontiguousarray(arrays[part.name]).tobytes() for part in encoder.parts}

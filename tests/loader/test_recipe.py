@@ -234,6 +234,26 @@ def test_rules_match_as_fnmatch_does(patterns: list[str], name: str, before: int
     assert (decided.codec, decided.exponent) == (("f16", 0) if expected is None else ("keep", expected))
 
 
+infos = st.builds(
+    lambda name, dtype, shape, nbytes, transposed: TensorInfo(name, dtype, shape, 0, nbytes, transposed),
+    st.text("abcx", max_size=2), st.sampled_from(["F32", "F16", "F64", "I32", "Q8_0", "Q4_0", "type 99"]),
+    st.sampled_from([(64, 128), (64, 2), (8192,), ()]), st.sampled_from([100, 64 * 128]), st.booleans(),
+)  # fmt: skip
+
+
+@given(st.lists(infos, max_size=6), st.booleans(), st.sampled_from(["nf4", "int8-row", "f16"]))
+def test_decisions_do_not_depend_on_earlier_ones(tensors: list[TensorInfo], merged: bool, quant: str) -> None:
+    """What was decided for one tensor is remembered for those that are alike, and for no other."""
+
+    def recipe() -> Recipe:
+        return Recipe([("*a*", quant), ("*b*", "int8", 2.0), ("*c*", "keep")])
+
+    one = recipe()
+    for info in tensors:
+        for changed in (merged, not merged):
+            assert one.decide(info, merged=changed) == recipe().decide(info, merged=changed)
+
+
 def test_first_rule_counts() -> None:
     """Of two rules that match the first counts, its factor too."""
     recipe = Recipe([("a.*", "nf4", 2.0), ("*", "int8", 4.0)])

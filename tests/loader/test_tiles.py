@@ -269,7 +269,7 @@ def test_batches_are_bounded(tmp_path: Path, rng: np.random.Generator, monkeypat
 
     def quantize(self: Any, batch: Any, work: Any) -> None:
         real(self, batch, work)
-        made = sum(piece.count * piece.nbytes for task, strip in batch.strips for piece in strip.pieces if not task.job.copies)
+        made = sum(piece.count * piece.nbytes for task, strip in batch.strips for piece in strip.pieces if not task.job.kind.copies)
         batches.append((sum(max(1, len(strip.tiles)) for _, strip in batch.strips), made))
 
     monkeypatch.setattr(Pipeline, "_quantize", quantize)

@@ -261,7 +261,7 @@ class GpuQuantizer:
         """Return the shader that a job needs; None if there is none, or the device cannot bind what it makes."""
         info, decision = job.info, job.decision
         blocks = info.is_block and not (job.changes or decision.exponent)
-        if job.size < max(1, _LEAST) or job.encoder is None or not (job.as_stored or blocks) or decision.codec not in codec_ids():
+        if job.size < max(1, _LEAST) or job.encoder is None or not (job.kind.as_stored or blocks) or decision.codec not in codec_ids():
             return None
         if blocks and _decoder(info.dtype) is None:
             return None
