@@ -131,7 +131,7 @@ class Kind:
         collects: each needs an encoder of its own.
         encoder: what all share, with the ends of names for keys; None if copied, or if each needs its own.
         parts: the stored arrays, with the ends of names for keys.
-        endings: for each part, the end of its key.
+        part_names, endings: for each part, its name, and the end of its key.
         patterns: the calls of tiles; see quantcache.loader.pattern.
     """
 
@@ -158,7 +158,7 @@ class Kind:
                 rows = math.lcm(multiple, info.size // max(1, info.shape[0]) or 1)
                 multiple = rows if rows <= TILE else multiple
             self.tile, self.unit = max(1, TILE // multiple) * multiple, multiple
-        self.endings = tuple(part.key for part in self.parts)
+        self.endings, self.part_names = tuple(part.key for part in self.parts), tuple(part.name for part in self.parts)
         self._slots: dict[int, tuple[Slot, ...]] = {}
         #: bytes that are made of the source's, and not the source's own
         self.made_nbytes = 0 if self.copies else sum(part.nbytes for part in self.parts)
@@ -253,7 +253,7 @@ class Job:
     @property
     def parts(self) -> dict[str, str]:
         """Keys by part."""
-        return {part.name: key for part, key in zip(self.kind.parts, self.keys, strict=True)}
+        return dict(zip(self.kind.part_names, self.keys, strict=True))
 
     @property
     def tiles(self) -> range:
