@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from quantcache.errors import CodecError, UsageError
 
-__all__ = ["BLOCKS", "ITEMSIZE", "PartSize", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype", "output_for", "unit"]
+__all__ = ["BLOCKS", "ITEMSIZE", "Decoder", "PartSize", "QuantTensor", "TensorInfo", "array_dtype", "element_name", "float_dtype", "output_for", "unit"]
 
 #: Bytes per element of every safetensors element type that is whole bytes.
 ITEMSIZE: Mapping[str, int] = {

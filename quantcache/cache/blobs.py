@@ -217,12 +217,15 @@ class StagedEntry:
             CacheError: a tensor is incomplete, or the disk refused; nothing is visible then.
         """
         self._map_replaced()
-        pieces = {key: self._pieces(key, slot) for key, slot in self.slots.items()}
-        missing = [key for key, found in pieces.items() if found is None]
+        missing, digests = list[str](), dict[str, str]()
+        for key, slot in self.slots.items():
+            pieces = self._pieces(key, slot)
+            if pieces is None:
+                missing.append(key)
+            else:
+                digests[key] = combine(pieces)
         if missing:
             raise CacheError(f"{len(missing)} tensors were not written completely, the first is {missing[0]!r}")
-        digests = {key: combine([found]) for key, found in pieces.items() if found is not None}
-        pieces.clear()
         details = {"document": document, "records": records, "built": built}
         try:
             header = None

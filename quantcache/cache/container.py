@@ -228,9 +228,11 @@ def build_header(
     own.clear()  # of 20,000 tensors, every copy takes megabytes
     # as json.dumps would have it, which needs three objects a tensor for it
     opening = [f':{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":[' for dtype, shape, _ in kinds]
+    plain = is_plain("".join(offsets))
     members = [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}']
     for (key, begin), slot, number in zip(offsets.items(), placed, numbers, strict=True):
-        members.append(f"{json.dumps(key)}{opening[number]}{begin},{begin + slot.nbytes}]}}")
+        quoted = f'"{key}"' if plain else json.dumps(key)
+        members.append(f"{quoted}{opening[number]}{begin},{begin + slot.nbytes}]}}")
     text = f"{{{','.join(members)}}}".encode()
     members.clear()
     if length is None:

@@ -63,15 +63,16 @@ class Streamed:
         return found
 
 
-def combine(digests: list[bytes], size: int | None = None) -> str:
+def combine(digests: list[bytes] | bytes, size: int | None = None) -> str:
     """Return the digest of digests, in hex.
 
     Args:
-        digests: of the pieces, in order.
+        digests: of the pieces, in order; or all of them, one behind the other.
         size: of the whole, in bytes; appended as 8 bytes, little-endian, if given.
     """
     tail = b"" if size is None else size.to_bytes(8, "little")
-    return digest(b"".join(digests) + tail).hex()
+    whole = digests if isinstance(digests, bytes) else b"".join(digests)
+    return digest(whole + tail).hex()
 
 
 def samples(size: int) -> list[tuple[int, int]]:

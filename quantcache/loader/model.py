@@ -39,7 +39,7 @@ from quantcache.loader.source import Source, check_checkpoint, check_names, find
 from quantcache.loader.tiles import Quantizer
 from quantcache.quant.blocks import dequantize
 from quantcache.quant.codec import codec, codec_ids
-from quantcache.tensor import PartSize, QuantTensor, TensorInfo, unit
+from quantcache.tensor import Decoder, PartSize, QuantTensor, TensorInfo, unit
 from quantcache.trace import Profile, span, working_for
 
 if TYPE_CHECKING:
@@ -616,7 +616,13 @@ def _tensor(record: Mapping[str, Any], arrays: Mapping[str, Array]) -> Tensor:
         values = parts["values"]
         values.flags.writeable = False
         return values.swapaxes(-1, -2) if record.get("transposed") else values
-    return QuantTensor(record["codec"], tuple(record["shape"]), parts, codec(record["codec"]).dequantize)
+    return QuantTensor(record["codec"], tuple(record["shape"]), parts, _decoder(record["codec"]))
+
+
+@cache
+def _decoder(codec_id: str) -> Decoder:
+    """Return what decodes tensors of a codec: one for all of them."""
+    return codec(codec_id).dequantize
 
 
 @cache
