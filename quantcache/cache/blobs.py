@@ -168,14 +168,15 @@ class StagedEntry:
     def wrote(self, key: str, position: int, found: Sequence[bytes]) -> None:
         """Remember the digests of pieces that were written, one behind the other."""
         slot, together = self.slots[key], b"".join(found)
-        if len(found) == slot.chunks:
-            self._digests[key] = together
-            return
-        digests = self._digests.setdefault(key, bytearray(_DIGEST * slot.chunks))
-        if isinstance(digests, bytes):
-            digests = self._digests[key] = bytearray(digests)
         first = _DIGEST * (position // slot.chunk)
-        digests[first : first + len(together)] = together
+        with self._lock:
+            if not first and len(found) == slot.chunks:
+                self._digests[key] = together
+                return
+            digests = self._digests.get(key, bytes(_DIGEST * slot.chunks))
+            if isinstance(digests, bytes):
+                digests = self._digests[key] = bytearray(digests)
+            digests[first : first + len(together)] = together  # what is beyond the end makes it longer, and is found by that
 
     def refused(self, error: OSError) -> CacheError:
         """Return what it means that a piece could not be written."""

@@ -55,7 +55,7 @@ _ENTRY = 128
 _KIND = 64
 
 
-@dataclass(slots=True)  # a frozen one takes four times as long to make, and a hit makes hundreds
+@dataclass(slots=True)  # a frozen one takes four times as long to make
 class Slot:
     """Describe tensors of an entry file that are alike, but for their names; nobody changes it.
 
@@ -92,10 +92,10 @@ def arrange(slots: Mapping[str, Slot], start: int = 0) -> tuple[dict[str, int], 
 
     Args:
         slots: by key, in any order; it makes no difference, since threads may have planned some of them anew.
-        start: where the data section begins.
+        start: where the data section begins: 0, or the length of the header.
 
     Returns:
-        key -> offset in the file, and where the section ends.
+        key -> offset, in the order of the file, and where the section ends; both from `start` on.
     """
     # what is alike is placed as one: thousands of small steps take milliseconds that a caller waits for
     placed: dict[tuple[int, int, int, int], list[str]] = {}

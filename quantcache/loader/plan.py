@@ -349,7 +349,7 @@ def records_nbytes(jobs: Sequence[Job]) -> int:
             seen[alike] = stated_nbytes(job.record()) + 1 - names * len(job.info.name), names
         rest, names = seen[alike]
         nbytes += rest + names * len(job.info.name)
-    return nbytes + 2
+    return nbytes + (1 if jobs else 2)  # brackets, and a comma less than there are records
 
 
 def native_names(tensors: Iterable[TensorInfo], request: Request) -> list[TensorInfo]:

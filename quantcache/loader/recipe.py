@@ -170,11 +170,12 @@ class Recipe:
             tensor: of the source.
             merged: an adapter changes it, so that it cannot pass through.
         """
-        number = self._first(tensor.name)
-        alike = number, tensor.dtype, tensor.shape, tensor.nbytes, tensor.transposed, merged
+        rule = self._rule(tensor.name)
+        # all of a recipe that has a say, too: nobody keeps its owner from changing it between two loads
+        alike = rule, self.other, self.native, tensor.dtype, tensor.shape, tensor.nbytes, tensor.transposed, merged
         found = self._decided.get(alike)
         if found is None:
-            found = self._decided[alike] = self._decide(None if number < 0 else self.rules[number], tensor, merged=merged)
+            found = self._decided[alike] = self._decide(rule, tensor, merged=merged)
         return found
 
     def _decide(self, rule: Rule | None, tensor: TensorInfo, *, merged: bool) -> Decision:
@@ -203,12 +204,12 @@ class Recipe:
             return Decision("keep", exponent, reason)
         return Decision("f16", exponent, reason)
 
-    def _first(self, name: str) -> int:
-        """Return the number of the first rule that matches, -1 if none does."""
+    def _rule(self, name: str) -> Rule | None:
+        """Return the first rule that matches."""
         for start, match in self._firsts:
             if (found := match(name)) is not None and found.lastindex is not None:
-                return start + found.lastindex - 1
-        return -1
+                return self.rules[start + found.lastindex - 1]
+        return None
 
     def _decide_block(self, tensor: TensorInfo, wanted: Rule | None, exponent: int, *, must_change: bool) -> Decision:
         if not tensor.is_known:

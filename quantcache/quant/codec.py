@@ -43,7 +43,7 @@ class Status(enum.IntFlag):
     BAD_CALL = 8
 
 
-@dataclass(slots=True)  # as with Slot: a frozen one takes twice as long to make, and a plan makes thousands
+@dataclass(slots=True)  # a frozen one takes twice as long to make
 class Part:
     """Describe one stored array of a quantized tensor; nobody changes it.
 

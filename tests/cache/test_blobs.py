@@ -74,6 +74,31 @@ def test_incomplete_is_refused(tmp_path: Path, target: Path) -> None:
     staged.discard()
 
 
+@pytest.mark.parametrize("key", ["a", "b"])
+def test_replaced_and_not_written(tmp_path: Path, target: Path, key: str) -> None:
+    """What was written of a tensor's first plan does not count for its second."""
+    staged = StagedEntry(tmp_path, _slots())
+    _write(staged, "a", _array(0, 9000))
+    _write(staged, "b", _array(1, 64))
+    staged.replace([key], {key: staged.slots[key]})
+    with pytest.raises(CacheError, match=f"'{key}'"):
+        staged.publish(target, **DETAILS)
+    assert not target.exists()
+    staged.discard()
+
+
+@pytest.mark.parametrize(("key", "position"), [("a", 12_288), ("a", 8192), ("b", 4096)])
+def test_written_beyond_the_end(tmp_path: Path, target: Path, key: str, position: int) -> None:
+    """Pieces that are written where a tensor has none, over another one perhaps, keep the entry from being published."""
+    staged = StagedEntry(tmp_path, _slots())
+    _write(staged, "a", _array(0, 9000))
+    _write(staged, "b", _array(1, 64))
+    staged.wrote(key, position, [bytes(range(16))] * staged.slots[key].chunks)
+    with pytest.raises(CacheError, match=f"'{key}'"):
+        staged.publish(target, **DETAILS)
+    staged.discard()
+
+
 def test_pieces_written_together_and_again(tmp_path: Path, target: Path) -> None:
     """It is the last digest of a piece that counts, whether it was written with all others or alone."""
     staged = StagedEntry(tmp_path, _slots())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from safetensors.numpy import save_file
 import quantcache as qc
 from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.container import stated_nbytes
+from quantcache.loader.changes import Change
 from quantcache.loader.plan import Request, plan, records_nbytes, slots_of
-from quantcache.loader.recipe import Recipe
+from quantcache.loader.recipe import Decision, Recipe
 from quantcache.loader.source import Source
 
 #: names that JSON has as they are, and names that it has not
@@ -39,7 +41,7 @@ def test_what_is_said_of_tensors_has_its_room(tmp_path: Path, monkeypatch: pytes
     _save(path, stem)
     jobs = plan(Source(path), Request(Recipe.of(quant)))
     wanted = stated_nbytes([job.record() for job in jobs])
-    assert wanted <= records_nbytes(jobs) <= wanted + 1
+    assert records_nbytes(jobs) == wanted
 
     def written_twice(*_: Any) -> None:
         raise AssertionError("the header did not fit")
@@ -49,6 +51,21 @@ def test_what_is_said_of_tensors_has_its_room(tmp_path: Path, monkeypatch: pytes
         assert len(model) == len(jobs)
     assert model.unsaved == []
     assert qc.load(path, quant, cache=tmp_path / "c").hit
+
+
+def test_what_records_say_beside_names(tmp_path: Path) -> None:
+    """Tensors of a kind may differ in what is said of them: each is counted with what is said of it."""
+    _save(tmp_path / "m.safetensors", "layers")
+    job = plan(Source(tmp_path / "m.safetensors"), Request(Recipe.of("nf4")))[0]
+    jobs = [job.again() for _ in range(8)]
+    jobs[1].decision = Decision("keep", 0, "for a reason that takes some room")
+    jobs[2].decision = Decision("keep", 0, 'for "another"')
+    jobs[3].info = jobs[4].info = replace(job.info, transposed=True)
+    for changed in (4, 5, 6):
+        jobs[changed].changes = (cast("Change", None),) * 10 ** (changed - 4)
+    assert {one.kind for one in jobs} == {job.kind}
+    for some in (jobs, jobs[::-1], jobs[3:], jobs[:1]):
+        assert records_nbytes(some) == stated_nbytes([one.record() for one in some])
 
 
 def test_nothing_takes_no_room() -> None:

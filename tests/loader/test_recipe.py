@@ -7,6 +7,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 import quantcache as qc
 from quantcache.errors import UsageError
@@ -252,6 +254,34 @@ def test_decisions_do_not_depend_on_earlier_ones(tensors: list[TensorInfo], merg
     for info in tensors:
         for changed in (merged, not merged):
             assert one.decide(info, merged=changed) == recipe().decide(info, merged=changed)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": (8192,)}, {"shape": (64, 2)}, {"dtype": "Q4_0"}, {"dtype": "F16"}, {"nbytes": 100}, {"transposed": True}, {"name": "b"}, {"name": "z"}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
+def test_what_a_decision_depends_on(dtype: str, change: dict[str, Any]) -> None:
+    """After a tensor, one that differs in anything is decided for as if it were the first."""
+    def recipe() -> Recipe:
+        return Recipe([("a", "nf4"), ("b", "keep")])
+
+    first, one = TensorInfo("a", dtype, (64, 128), 0, 64 * 128), recipe()
+    one.decide(first)
+    assert one.decide(replace(first, **change)) == recipe().decide(replace(first, **change))
+
+
+def test_recipe_that_is_changed_between_loads(tmp_path: Path) -> None:
+    """What a recipe has decided is forgotten where it says something else by now: no entry is stored under the key of another."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": np.ones((64, 128), np.float32), "b": np.ones(100, np.float32)}, path)
+    recipe = Recipe([("*.weight", "nf4")])
+    for other, dtype in (("f16", np.float16), ("keep", np.float32)):
+        recipe.other = other
+        for quant in (recipe, Recipe([("*.weight", "nf4")], other=other)):
+            with qc.load(path, quant, cache=tmp_path / "c") as model:
+                assert model["b"].dtype == dtype
 
 
 def test_first_rule_counts() -> None:
