@@ -282,6 +282,10 @@ def test_recipe_that_is_changed_between_loads(tmp_path: Path) -> None:
         for quant in (recipe, Recipe([("*.weight", "nf4")], other=other)):
             with qc.load(path, quant, cache=tmp_path / "c") as model:
                 assert model["b"].dtype == dtype
+    blocks = TensorInfo("b", "Q8_0", (64, 128), 0, 64 * 128 // 32 * 34)
+    for native, codec in (("keep", "native"), ("convert", "f16")):
+        recipe.native = native
+        assert recipe.decide(blocks).codec == codec
 
 
 def test_first_rule_counts() -> None:
