@@ -341,14 +341,13 @@ def records_nbytes(jobs: Sequence[Job]) -> int:
     """Return what the records of jobs will take in a header; see `container.reserve_header`."""
     if not is_plain("".join([job.info.name for job in jobs])):
         return stated_nbytes([job.record() for job in jobs])
-    nbytes, seen = 0, dict[Any, tuple[int, int]]()
+    nbytes, rests = 0, dict[Any, int]()
     for job in jobs:  # records of a kind differ by the names in them
         alike = id(job.kind), job.decision.reason, job.info.transposed, len(job.changes)
-        names = 1 + len(job.keys)
-        if alike not in seen:
-            seen[alike] = stated_nbytes(job.record()) + 1 - names * len(job.info.name), names
-        rest, names = seen[alike]
-        nbytes += rest + names * len(job.info.name)
+        named = (1 + len(job.keys)) * len(job.info.name)
+        if alike not in rests:
+            rests[alike] = stated_nbytes(job.record()) + 1 - named
+        nbytes += rests[alike] + named
     return nbytes + (1 if jobs else 2)  # brackets, and a comma less than there are records
 
 
