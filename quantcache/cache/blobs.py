@@ -30,7 +30,7 @@ from quantcache.cache.container import (
     slot_digest,
 )
 from quantcache.cache.filesystem import PRIVATE, Access, allocate, files_in, make_folders, sync_folder
-from quantcache.cache.key import combine, digest
+from quantcache.cache.key import DIGEST_NBYTES, combine, digest
 from quantcache.errors import CacheError, CorruptEntryError, StoreReadOnlyError
 from quantcache.memory import HEAD, keep
 from quantcache.trace import span
@@ -45,8 +45,8 @@ __all__ = ["Reader", "StagedEntry", "StoredEntry", "quarantine", "remove_stale",
 #: What a staged file grows by at least, once a tensor needs more room than was planned; it is sparse.
 _EXTENSION = 64 << 20
 _STALE_S = 24 * 3600.0
-#: Bytes of a piece's digest, and what stands for that of a piece that was not written.
-_DIGEST, _UNWRITTEN = 16, bytes(16)
+#: What stands for the digest of a piece that was not written.
+_UNWRITTEN = bytes(DIGEST_NBYTES)
 #: A map starts at a multiple of this: 4 KiB on most machines, 16 or 64 KiB on some arm64 ones.
 _MAP_ALIGNMENT = max(ALIGNMENT, mmap.ALLOCATIONGRANULARITY)
 
@@ -168,12 +168,12 @@ class StagedEntry:
     def wrote(self, key: str, position: int, found: Sequence[bytes]) -> None:
         """Remember the digests of pieces that were written, one behind the other."""
         slot, together = self.slots[key], b"".join(found)
-        first = _DIGEST * (position // slot.chunk)
+        first = DIGEST_NBYTES * (position // slot.chunk)
         with self._lock:
             if not first and len(found) == slot.chunks:
                 self._digests[key] = together
                 return
-            digests = self._digests.get(key, bytes(_DIGEST * slot.chunks))
+            digests = self._digests.get(key, bytes(DIGEST_NBYTES * slot.chunks))
             if isinstance(digests, bytes):
                 digests = self._digests[key] = bytearray(digests)
             digests[first : first + len(together)] = together  # what is beyond the end makes it longer, and is found by that
@@ -255,12 +255,12 @@ class StagedEntry:
     def _pieces(self, key: str, slot: Slot) -> bytes | None:
         """Return the digests of a tensor's pieces, one behind the other; None if one is missing."""
         found = self._digests.get(key, b"")
-        if len(found) != _DIGEST * slot.chunks:
+        if len(found) != DIGEST_NBYTES * slot.chunks:
             return None
         if isinstance(found, bytes):
             return found
         pieces = bytes(found)
-        return None if _UNWRITTEN in (pieces[at : at + _DIGEST] for at in range(0, len(pieces), _DIGEST)) else pieces
+        return None if _UNWRITTEN in (pieces[at : at + DIGEST_NBYTES] for at in range(0, len(pieces), DIGEST_NBYTES)) else pieces
 
     def _sync(self) -> None:
         try:

@@ -31,11 +31,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from quantcache.cache.key import Streamed, canonical, combine, digest
+from quantcache.cache.key import DIGEST_NBYTES, Streamed, canonical, combine, digest
 from quantcache.errors import CorruptEntryError, StoreTooNewError
 from quantcache.once import once
 
-__all__ = ["EntryHeader", "Slot", "arrange", "build_header", "is_plain", "parse_header", "reserve_header", "slot_digest", "stated_nbytes"]
+__all__ = ["EntryHeader", "Slot", "arrange", "build_header", "is_verbatim", "parse_header", "reserve_header", "slot_digest", "stated_nbytes"]
 
 #: How headers are laid out. Of a header of a later layout, this program says that it is newer, leaves it alone, and builds for itself.
 LAYOUT = 2
@@ -151,7 +151,7 @@ class EntryHeader:
         kind: for each tensor, an index into `kinds`.
         sizes: for each tensor, its bytes.
         places: for each tensor, its first byte in the file.
-        wanted: for each tensor, 16 bytes of digest.
+        wanted: for each tensor, its digest.
     """
 
     document: Any
@@ -182,8 +182,8 @@ class EntryHeader:
 
     def digest_of(self, key: str) -> str:
         """Return a tensor's digest, in hex."""
-        start = 16 * self.numbers[key]
-        return self.wanted[start : start + 16].hex()
+        start = DIGEST_NBYTES * self.numbers[key]
+        return self.wanted[start : start + DIGEST_NBYTES].hex()
 
 
 def build_header(
@@ -228,10 +228,10 @@ def build_header(
     own.clear()  # of 20,000 tensors, every copy takes megabytes
     # as json.dumps would have it, which needs three objects a tensor for it
     opening = [f':{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":[' for dtype, shape, _ in kinds]
-    plain = is_plain("".join(offsets))
+    verbatim = is_verbatim("".join(offsets))
     members = [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}']
     for (key, begin), slot, number in zip(offsets.items(), placed, numbers, strict=True):
-        quoted = f'"{key}"' if plain else json.dumps(key)
+        quoted = f'"{key}"' if verbatim else json.dumps(key)
         members.append(f"{quoted}{opening[number]}{begin},{begin + slot.nbytes}]}}")
     text = f"{{{','.join(members)}}}".encode()
     members.clear()
@@ -270,7 +270,7 @@ def stated_nbytes(what: Any) -> int:
     return len(text) + text.count('"') + text.count("\\")
 
 
-def is_plain(text: str) -> bool:
+def is_verbatim(text: str) -> bool:
     """Return whether JSON has a text as it is, and one character takes one byte."""
     return text.isascii() and text.isprintable() and '"' not in text and "\\" not in text
 
@@ -284,7 +284,7 @@ def reserve_header(slots: Mapping[str, Slot], *, records_nbytes: int) -> int:
     """
     # from lengths alone, and of all slots at once: thousands of small steps take milliseconds that a caller waits for
     keys, nbytes = "".join(slots), records_nbytes
-    if is_plain(keys):
+    if is_verbatim(keys):
         nbytes += 2 * len(keys)
     else:
         nbytes += sum(len(json.dumps(key)) + len(json.dumps(json.dumps(key))) for key in slots)
@@ -331,7 +331,7 @@ def parse_header(head: bytes, file_nbytes: int) -> EntryHeader:
                 raise CorruptEntryError("a tensor cannot be of that size")
         if min(kind, default=0) < 0 or type(keys) is not list or not {type(key) for key in keys} <= {str} or type(own["built"]) is not dict:
             raise CorruptEntryError("the header says what cannot be")
-        if not len(set(keys)) == len(kind) == len(keys) == len(wanted) / 16:
+        if not len(set(keys)) == len(kind) == len(keys) == len(wanted) / DIGEST_NBYTES:
             raise CorruptEntryError("the header describes more or fewer tensors than it names")
         sizes = [size_of[number] for number in kind]
         *places, end = accumulate(sizes, initial=start)

@@ -14,7 +14,7 @@ import xxhash
 
 from quantcache.errors import UsageError
 
-__all__ = ["CHUNK", "CONTAINER_VERSION", "Stamp", "Streamed", "canonical", "combine", "digest", "fingerprint", "key_of", "samples"]
+__all__ = ["CHUNK", "CONTAINER_VERSION", "DIGEST_NBYTES", "Stamp", "Streamed", "canonical", "combine", "digest", "fingerprint", "key_of", "samples"]
 
 #: In every key, and the name of the store's folder: raised when entries mean something else than before. How their headers are laid out has a
 #: number of its own, container.LAYOUT.
@@ -22,6 +22,8 @@ CONTAINER_VERSION = 1
 
 #: A source is digested in pieces of this size, so that all cores can work at it.
 CHUNK = 64 << 20
+#: Bytes of a digest.
+DIGEST_NBYTES = 16
 
 #: A file that changed less than this before it was looked at may change again within the clock's grain.
 RACY_NS = 2_000_000_000

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantcache.cache.container import Slot, is_plain, stated_nbytes
+from quantcache.cache.container import Slot, is_verbatim, stated_nbytes
 from quantcache.cache.key import CONTAINER_VERSION, canonical, digest
 from quantcache.errors import CodecError
 from quantcache.loader.changes import Change
@@ -333,13 +333,13 @@ def slots_of(jobs: Iterable[Job]) -> dict[str, Slot]:
     """Return what jobs store, by key."""
     found: dict[str, Slot] = {}
     for job in jobs:
-        found.update(zip(job.keys, job.kind.slots(job.layer), strict=True))
+        found |= job.slots
     return found
 
 
 def records_nbytes(jobs: Sequence[Job]) -> int:
     """Return what the records of jobs will take in a header; see `container.reserve_header`."""
-    if not is_plain("".join([job.info.name for job in jobs])):
+    if not is_verbatim("".join([job.info.name for job in jobs])):
         return stated_nbytes([job.record() for job in jobs])
     nbytes, rests = 0, dict[Any, int]()
     for job in jobs:  # records of a kind differ by the names in them

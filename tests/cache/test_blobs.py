@@ -224,7 +224,6 @@ import sys, time
 from pathlib import Path
 from quantcache.cache.blobs import StagedEntry
 from quantcache.cache.container import Slot
-from quantcache.cache.key import digest
 staged = StagedEntry(Path(sys.argv[1]), {"a": Slot("U8", (64,), 64)})
 print("ready", flush=True)
 time.sleep(600)

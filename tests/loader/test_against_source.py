@@ -68,8 +68,8 @@ def test_a_byte_that_no_digest_betrays(tmp_path: Path, name: str) -> None:
         raw[header.offsets[name]] ^= 1
         digests = {part: slot_digest(memoryview(raw), slot, header.offsets[part]) for part, slot in header.slots.items()}
         start = min(header.offsets.values())
-        layers = {part: position for position, part in enumerate(sorted(header.slots, key=header.offsets.__getitem__))}
-        placed = {part: replace(slot, layer=layers[part]) for part, slot in header.slots.items()}  # a header does not keep the layers
+        parts = sorted(header.slots, key=header.offsets.__getitem__)
+        placed = {part: replace(header.slots[part], layer=position) for position, part in enumerate(parts)}  # a header does not keep the layers
         head = build_header(placed, digests, document=header.document, records=header.records, built=header.built, length=start)
         entry.path.write_bytes(head + raw[start:])
         assert verify(store).findings == []

@@ -50,7 +50,8 @@ def test_what_is_said_of_tensors_has_its_room(tmp_path: Path, monkeypatch: pytes
     with qc.load(path, quant, cache=tmp_path / "c") as model:
         assert len(model) == len(jobs)
     assert model.unsaved == []
-    assert qc.load(path, quant, cache=tmp_path / "c").hit
+    with qc.load(path, quant, cache=tmp_path / "c") as model:
+        assert model.hit
 
 
 def test_what_records_say_beside_names(tmp_path: Path) -> None:

@@ -264,6 +264,7 @@ def test_decisions_do_not_depend_on_earlier_ones(tensors: list[TensorInfo], merg
 @pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
 def test_what_a_decision_depends_on(dtype: str, change: dict[str, Any]) -> None:
     """After a tensor, one that differs in anything is decided for as if it were the first."""
+
     def recipe() -> Recipe:
         return Recipe([("a", "nf4"), ("b", "keep")])
 
